@@ -1,0 +1,1 @@
+"""The ``flashdrive`` command and its subcommands."""

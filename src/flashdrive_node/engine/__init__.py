@@ -1,0 +1,1 @@
+"""Engines: what turns an observation into a prediction, behind one protocol."""

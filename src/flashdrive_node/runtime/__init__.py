@@ -1,0 +1,1 @@
+"""Frame buffers, ego history, the worker thread and the checks before publishing; no ROS in here."""
