@@ -1,0 +1,71 @@
+"""Rotary position embeddings: the interleaved three-axis form of Qwen3-VL's text stack, and the two-axis form of its
+vision tower. Angles are computed in float32; only cosine and sine are cast to the activations' type.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdrive_node.model.config import DecoderConfig, VisionConfig
+
+
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
+    """Angular step of every rotary pair: ``theta ** (-2k / head_dim)``, float32 [head_dim / 2]."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    return 1.0 / (theta**exponent)
+
+
+def mrope_axes(section: tuple[int, int, int], head_dim: int) -> Tensor:
+    """Axis (0 time, 1 height, 2 width) that drives each rotary pair, int64 [head_dim / 2].
+
+    Height takes pairs 1, 4, 7, ..., width takes pairs 2, 5, 8, ... as many as their sections say; time takes the rest
+    (``mrope_interleaved`` of Qwen3-VL).
+    """
+    axes = torch.zeros(head_dim // 2, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes
+
+
+def mrope_cos_sin(positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's rotation.
+
+    Args:
+        positions: Integer positions on the three axes, [3, T].
+        config: Gives head_dim, theta and the sections.
+        dtype: Type of the result.
+
+    Returns:
+        cos, sin: each [T, head_dim], the second half repeating the first.
+    """
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, positions.device)
+    axes = mrope_axes(config.mrope_section, config.head_dim).to(positions.device)
+    angles = positions.float()[axes].T * frequencies  # [T, head_dim / 2]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def vision_cos_sin(rows: Tensor, cols: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every patch's rotation in the vision tower, float32 [patches, head_dim] each.
+
+    Args:
+        rows, cols: Patch coordinates, integer [patches].
+        config: Gives head_dim; a quarter of it are frequencies of the row, a quarter of the column.
+    """
+    frequencies = inverse_frequencies(config.head_dim // 2, 10000.0, rows.device)
+    angles = torch.cat((rows.float()[:, None] * frequencies, cols.float()[:, None] * frequencies), dim=-1)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (k, k + head_dim / 2) of the last dimension.
+
+    Args:
+        x: [T, heads, head_dim].
+        cos, sin: [T, head_dim].
+    """
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
