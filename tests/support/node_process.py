@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,7 +41,7 @@ SHUTDOWNS = {
 }
 
 
-def test_domain_id() -> int:
+def own_domain_id() -> int:
     """A domain of this test process's own, so that runs beside each other on one machine do not meet."""
     return 3 + os.getpid() % 95
 
@@ -75,10 +76,8 @@ class Bench:
         self._clients: dict[str, Any] = {}
 
     def _spin(self) -> None:
-        try:
+        with contextlib.suppress(ExternalShutdownException):
             self._executor.spin()
-        except ExternalShutdownException:
-            pass
 
     def call(self, kind: Any, name: str, request: Any, timeout_s: float = 10.0) -> Any:
         """The answer of a service; waits until the service is there."""
