@@ -1,0 +1,1 @@
+"""What is computed beside the node: synthetic recordings, replay reports, videos."""
