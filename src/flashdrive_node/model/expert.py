@@ -8,6 +8,7 @@ lose most of their meaning in bfloat16.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class ActionInProj(nn.Module):
         super().__init__()
         features = (config.num_fourier_feats // 2) * 2
         sizes = [features * (channels + 1), *[config.hidden_size] * config.num_enc_layers, out_size]
-        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(RMSNorm(config.hidden_size, ENCODER_EPS) for _ in range(config.num_enc_layers))
         self.out_norm = nn.LayerNorm(out_size, eps=ENCODER_EPS)
         # One row per action channel, the last for the time; rows are equal, but files of R1 hold them one by one.

@@ -7,6 +7,7 @@ patch embedding, a 3-D convolution over exactly one patch, which is a matrix pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from flashdrive_node.model.config import ALPAMAYO_R1, AlpamayoConfig, DecoderConfig
 
@@ -86,9 +87,7 @@ def _vision(config: AlpamayoConfig) -> list[TensorSlot]:
     for src, dst, norm_size in mergers:
         slots += _norm(f"{name}.{src}.norm", norm_size, f"{target}.{dst}.norm", bias=True)
         slots += _linear(f"{name}.{src}.linear_fc1", v.merged_size, v.merged_size, f"{target}.{dst}.fc1", bias=True)
-        slots += _linear(
-            f"{name}.{src}.linear_fc2", v.out_hidden_size, v.merged_size, f"{target}.{dst}.fc2", bias=True
-        )
+        slots += _linear(f"{name}.{src}.linear_fc2", v.out_hidden_size, v.merged_size, f"{target}.{dst}.fc2", bias=True)
     return slots
 
 
@@ -106,7 +105,7 @@ def _expert(config: AlpamayoConfig) -> list[TensorSlot]:
     slots = _decoder_layers("expert", config.expert, "expert")
     sizes = [(proj.num_fourier_feats // 2) * 2 * (channels + 1), *[proj.hidden_size] * proj.num_enc_layers, hidden]
     target = "expert.action_in_proj"
-    for i, (inp, out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (inp, out) in enumerate(pairwise(sizes)):
         # The release's trunk is Linear, SiLU, RMSNorm repeated; SiLU has an index but no tensor.
         slots += _linear(f"action_in_proj.encoder.trunk.{3 * i}", out, inp, f"{target}.linears.{i}", bias=True)
         if i < proj.num_enc_layers:
