@@ -16,8 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
+import yaml
 from builtin_interfaces.msg import Time
 from nav_msgs.msg import Odometry
 from rclpy.qos import QoSProfile, QoSReliabilityPolicy, qos_profile_sensor_data
@@ -31,8 +34,8 @@ from support.painted_frames import paint, paint_jpeg
 IMAGE_QOS = QoSProfile(depth=10, reliability=QoSReliabilityPolicy.RELIABLE)
 #: How often /clock is published beside the messages, seconds of wall time.
 CLOCK_PERIOD_S = 0.02
-ImageMessage = CompressedImage | Image
-Fault = Callable[[ImageMessage, int], ImageMessage | None]
+ImageMessage: TypeAlias = CompressedImage | Image
+Fault: TypeAlias = Callable[[ImageMessage, int], ImageMessage | None]
 
 
 def to_time(stamp_ns: int) -> Time:
@@ -95,6 +98,25 @@ class Camera:
         raw.header.stamp, raw.header.frame_id = to_time(stamp_ns), self.name
         raw.data = array.array("B", paint(self.index, number, self.width, self.height).tobytes())
         return raw
+
+
+def write_rig(folder: Path, cameras: Sequence[Camera], fixed_size: bool = True) -> Path:
+    """Rig file of these cameras, for the node's parameter ``rig``."""
+    entries = []
+    for camera in cameras:
+        size = {"width": camera.width, "height": camera.height} if fixed_size else {}
+        known = {"name": camera.name, "index": camera.index, "transport": camera.transport, "rate_hz": camera.rate_hz}
+        entries.append(known | size | {"topic": f"/test/{camera.topic}"})
+    document = {
+        "name": "test",
+        "cameras": entries,
+        "odometry_topic": "/test/odometry",
+        "navigation_topic": "/test/navigation",
+        "base_frame": "base_link",
+    }
+    path = folder / "rig.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
 
 
 class Vehicle:
