@@ -194,7 +194,7 @@ def solve_slopes(slope: Tensor, y: Tensor, dt: float, weight: float, ridge: floa
         factor, failed = torch.linalg.cholesky_ex(lhs + ridge * identity)
         if not bool(failed.any()):
             return torch.cholesky_solve(rhs.expand(*factor.shape[:-1], 1), factor)[..., 0]
-        ridge *= 10
+        ridge = max(10 * ridge, 1e-6)
 
 
 def smooth_yaw(yaw: Tensor, dt: float, weight: float, ridge: float) -> Tensor:
