@@ -50,7 +50,7 @@ class CheckpointInfo:
     sha256: str
     #: Tensors copied into the model, and their bytes in the files.
     tensors: int
-    nbytes: int
+    bytes: int
     seconds: float
     #: SHA-256 of each file by name, those of an overlay as "overlay/NAME".
     file_sha256: dict[str, str] = field(default_factory=dict)
@@ -133,19 +133,10 @@ def load_weights(
         revision=snapshot_revision(directory),
         sha256=combined_sha256(hashes),
         tensors=tensors,
-        nbytes=total_bytes,
+        bytes=total_bytes,
         seconds=time.monotonic() - started,
         file_sha256=hashes,
         replaced=replaced,
-    )
-    logger.info(
-        "loaded %s, revision %s: %d tensors, %.3f GB in %.1f s, SHA-256 %s",
-        info.path,
-        info.revision or "none",
-        info.tensors,
-        info.nbytes / 1e9,
-        info.seconds,
-        info.sha256 or "not computed",
     )
     if replaced:
         logger.info("overlay %s replaced %d tensors: %s", overlay, len(replaced), ", ".join(replaced))
