@@ -87,6 +87,11 @@ class Camera:
         """Name under the node's ``~/input/``."""
         return f"{self.name}/image" + ("/compressed" if self.transport == "compressed" else "")
 
+    @property
+    def message_type(self) -> type:
+        """Type of the messages on ``topic``."""
+        return CompressedImage if self.transport == "compressed" else Image
+
     def message(self, number: int, stamp_ns: int) -> ImageMessage:
         """The painted frame as the camera's driver would publish it."""
         if self.transport == "compressed":
@@ -154,10 +159,7 @@ class Vehicle:
         self._errors: list[BaseException] = []
         node, name = bench.node, lambda topic: (topics or {}).get(topic, f"{node_name}/input/{topic}")
         self._publishers = {
-            camera.name: node.create_publisher(
-                CompressedImage if camera.transport == "compressed" else Image, name(camera.topic), IMAGE_QOS
-            )
-            for camera in cameras
+            camera.name: node.create_publisher(camera.message_type, name(camera.topic), IMAGE_QOS) for camera in cameras
         }
         self._odometry = node.create_publisher(Odometry, name("odometry"), QoSProfile(depth=50))
         self._navigation = node.create_publisher(String, name("navigation"), QoSProfile(depth=5))

@@ -1,0 +1,50 @@
+"""The fault table, row by row, against one node that must survive all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.fault_rows import ROWS, markdown
+from support.faults import COMPRESSED, RAW, SIZE, FaultRow, Scene, play
+from support.node_process import Bench, NodeProcess
+from support.observer import Observer
+from support.vehicle import Camera, Vehicle, write_rig
+
+pytestmark = [pytest.mark.ros, pytest.mark.timeout(60)]
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+
+
+@pytest.fixture(scope="module")
+def scene(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("faults")
+    width, height = SIZE
+    cameras = [
+        Camera(COMPRESSED, 0, width=width, height=height),
+        Camera(RAW, 1, transport="raw", width=width, height=height),
+    ]
+    parameters = {
+        "engine": "fake",
+        "fake.latency_s": 0.02,
+        "hang_timeout_s": 0.5,
+        "rig": write_rig(folder, cameras),
+        "use_sim_time": True,
+        "auto_activate": True,
+        "diagnostics_period_s": 0.1,
+    }
+    with NodeProcess(bench, folder, parameters) as node:
+        observer = Observer(bench, node)
+        with Vehicle(bench, node.full_name, cameras, sim_time=True) as vehicle:
+            yield Scene(bench, node, vehicle, observer)
+        observer.close()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_fault(scene: Scene, row: FaultRow):
+    play(row, scene)
+
+
+def test_documentation_is_made_from_the_rows():
+    assert DOCUMENT.read_text(encoding="utf-8") == markdown(ROWS)

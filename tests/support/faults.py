@@ -1,0 +1,245 @@
+"""What can be done to a driving node, and how one row of the fault table is played."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nav_msgs.msg import Odometry
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+
+from support.malformed import publish_malformed
+from support.node_process import Bench, NodeProcess
+from support.observer import OK, Observer, Status
+from support.vehicle import Fault, ImageMessage, Vehicle, to_ns, to_time
+
+NOTHING = "nothing"
+GOES_ON = "goes on"
+#: The camera with compressed images and the one with raw images, which is also the reference for t0.
+COMPRESSED, RAW = "left", "front"
+#: Width and height of the test's images, pixels.
+SIZE = (160, 96)
+
+
+@dataclass
+class Scene:
+    """A healthy node that drives, and the means to disturb it."""
+
+    bench: Bench
+    node: NodeProcess
+    vehicle: Vehicle
+    observer: Observer
+
+    def settle(self, timeout_s: float = 15.0) -> None:
+        """Wait until results flow and the diagnostics say so."""
+        start_s = time.monotonic()
+        self.observer.wait_count(2, timeout_s=timeout_s)
+        self.observer.wait_status("inference", OK, timeout_s=timeout_s, since_s=start_s)
+
+
+@dataclass(frozen=True)
+class Says:
+    """One expected diagnostic; "..." in the text stands for figures and stamps."""
+
+    status: str
+    level: str
+    text: str
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression of the text."""
+        return ".*".join(re.escape(part) for part in self.text.split("..."))
+
+
+@dataclass(frozen=True)
+class FaultRow:
+    """One fault."""
+
+    fault: str
+    published: str
+    says: tuple[Says, ...]
+    recovers: str
+    inject: Callable[[Scene], Any]
+    clear: Callable[[Scene], Any] = lambda scene: None
+    #: Time after the diagnostic in which nothing may be published (or after which it must go on).
+    watch_s: float = 0.5
+
+    @property
+    def id(self) -> str:
+        """Name of the test."""
+        return re.sub(r"[^a-z0-9]+", "_", self.fault.lower()).strip("_")
+
+
+def play(row: FaultRow, scene: Scene) -> list[Status]:
+    """Run one row against a node; the statuses that were found.
+
+    Raises:
+        AssertionError, TimeoutError: The node did not do what the table says.
+    """
+    observer = scene.observer
+    scene.settle()
+    since_s = time.monotonic()
+    try:
+        row.inject(scene)
+        found = [observer.wait_status(s.status, s.level, s.pattern, since_s=since_s) for s in row.says]
+        if row.published == GOES_ON:
+            observer.wait_count(2, timeout_s=5.0)
+        elif row.watch_s:
+            # Whatever was under way when the fault was noticed has come out by then.
+            time.sleep(0.15)
+            before = observer.count()
+            time.sleep(row.watch_s)
+            assert observer.count() == before, f"published during {row.fault!r}\n{observer.report()}"
+    finally:
+        row.clear(scene)
+    scene.settle()
+    assert scene.node.running(), scene.node.output[-3000:]
+    return found
+
+
+def silent(message: ImageMessage, number: int) -> None:
+    return None
+
+
+def frozen() -> Fault:
+    """Repeats the first picture under the stamps of the others."""
+    kept: list[Any] = []
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        kept.append(message.data)
+        message.data = kept[0]
+        return message
+
+    return fault
+
+
+def truncated(message: ImageMessage, number: int) -> ImageMessage:
+    message.data = message.data[: len(message.data) // 3]
+    return message
+
+
+def wrong_encoding(message: ImageMessage, number: int) -> ImageMessage:
+    message.encoding = "rgb13"
+    return message
+
+
+def wrong_step(message: ImageMessage, number: int) -> ImageMessage:
+    message.step = message.width * 3 - 5
+    return message
+
+
+def stamp_fixed() -> Fault:
+    """The driver stamps every frame with the time of the first one."""
+    first: list[Any] = []
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        first.append(message.header.stamp)
+        message.header.stamp = first[0]
+        return message
+
+    return fault
+
+
+def stamps_run_backwards() -> Fault:
+    """Every stamp lies before the last one, by a tenth of the time that passed."""
+    first: list[int] = []
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        first.append(to_ns(message.header.stamp))
+        message.header.stamp = to_time(first[0] - (first[-1] - first[0]) // 10)
+        return message
+
+    return fault
+
+
+def not_finite(message: Odometry) -> Odometry:
+    message.pose.pose.position.y = math.nan
+    return message
+
+
+def teleported(message: Odometry) -> Odometry:
+    message.pose.pose.position.x += 50.0
+    return message
+
+
+def damage(camera: str, fault: Callable[[], Fault]) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        scene.vehicle.cameras[camera].fault = fault()
+
+    return inject
+
+
+def heal(scene: Scene) -> None:
+    for camera in scene.vehicle.cameras.values():
+        camera.fault = None
+        camera.width, camera.height = SIZE
+    scene.vehicle.odometry_fault = None
+
+
+def resize(scene: Scene) -> None:
+    scene.vehicle.cameras[COMPRESSED].width, scene.vehicle.cameras[COMPRESSED].height = SIZE[0] * 2, SIZE[1] * 2
+
+
+def odometry(fault: Callable[[Odometry], Odometry | None]) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        scene.vehicle.odometry_fault = fault
+
+    return inject
+
+
+def odometry_gap(scene: Scene) -> None:
+    scene.vehicle.odometry_fault = lambda message: None
+    time.sleep(0.6)
+    scene.vehicle.odometry_fault = None
+
+
+def jump(seconds: float) -> Callable[[Scene], None]:
+    return lambda scene: scene.vehicle.jump(seconds)
+
+
+def fake(fault: str) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        refused = scene.node.set_parameters(fake__fault=fault)
+        assert refused == [], refused
+
+    return inject
+
+
+def navigate(text: str) -> Callable[[Scene], None]:
+    return lambda scene: scene.vehicle.navigate(text)
+
+
+def kill_and_restart(scene: Scene) -> None:
+    scene.node.kill()
+    scene.node.start()
+
+
+def activate_again(scene: Scene) -> None:
+    assert scene.node.state() == "active"
+    assert not scene.node.change("activate"), "a second activation was accepted"
+    assert scene.node.state() == "active"
+
+
+def malformed(scene: Scene) -> None:
+    name = scene.node.full_name
+    topics = {f"{name}/input/{camera.topic}": camera.message_type for camera in scene.vehicle.cameras.values()}
+    topics |= {f"{name}/input/odometry": Odometry, f"{name}/input/navigation": String}
+    assert publish_malformed(scene.bench, topics, scene.vehicle.now_ns, count=1000) == 1000
+
+
+def reset_service(scene: Scene) -> None:
+    answer = scene.bench.call(Trigger, f"{scene.node.full_name}/reset", Trigger.Request())
+    assert answer.success, answer.message
+
+
+def pause(value: bool) -> Callable[[Scene], None]:
+    def inject(scene: Scene) -> None:
+        answer = scene.bench.call(SetBool, f"{scene.node.full_name}/pause", SetBool.Request(data=value))
+        assert answer.success, answer.message
+
+    return inject
