@@ -23,6 +23,8 @@ from flashdrive_node.engine.protocol import (
 
 #: Waypoints of a prediction and their spacing.
 WAYPOINTS, WAYPOINT_DT_S = 64, 0.1
+#: What a car can steer, 1/m.
+MAX_CURVATURE = 0.2
 
 #: slow: takes ``slow_latency_s``. raise: EngineError. hang: does not return until the fault changes or the engine is
 #: closed. out_of_memory: MemoryError. nan: a NaN waypoint. short: the reasoning has no end. jump: starts 10 m ahead.
@@ -173,7 +175,7 @@ def _motion(observation: Observation) -> tuple[float, float]:
 
 def _sample(speed: float, yaw_rate: float, text: str, fault: Fault) -> TrajectorySample:
     # Slower than this the measured yaw rate is noise, and curvature = yaw rate / speed would explode.
-    curvature = yaw_rate / speed if abs(speed) > 0.5 else 0.0
+    curvature = min(max(yaw_rate / speed, -MAX_CURVATURE), MAX_CURVATURE) if abs(speed) > 0.5 else 0.0
     yaw_rate = curvature * speed
     times = WAYPOINT_DT_S * np.arange(1, WAYPOINTS + 1)
     yaw = yaw_rate * times

@@ -9,8 +9,8 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdrive_node.runtime.frames import Refusal
 from flashdrive_node.runtime.observation import OdometrySample
-from flashdrive_node.runtime.ring_buffer import Refusal
 from flashdrive_node.runtime.rotation import (
     matrix_from_quaternion,
     multiply,

@@ -12,7 +12,7 @@ from flashdrive_node.engine.protocol import CameraFrames, Observation
 
 if TYPE_CHECKING:
     from flashdrive_node.runtime.ego_history import EgoWindow
-    from flashdrive_node.runtime.ring_buffer import FrameWindow
+    from flashdrive_node.runtime.frames import FrameWindow
 
 #: Whatever supports the buffer protocol: bytes, memoryview, array.array, a uint8 array.
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]

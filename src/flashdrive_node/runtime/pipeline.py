@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from flashdrive_node.engine.protocol import Engine, Observation, Prediction
 from flashdrive_node.runtime.checks import CheckRule, Violation
 from flashdrive_node.runtime.ego_history import EgoRule, EgoWindow
+from flashdrive_node.runtime.frames import FrameAccount, Refusal
 from flashdrive_node.runtime.observation import OdometrySample, RawImage
 from flashdrive_node.runtime.rig import Rig
-from flashdrive_node.runtime.ring_buffer import FrameAccount, Refusal, WindowRule
+from flashdrive_node.runtime.ring_buffer import WindowRule
 from flashdrive_node.runtime.worker import OutcomeKind, State, WorkerStatus
 
 

@@ -225,9 +225,19 @@ class EngineWorker:
     def _step(self, engine: Engine, job: _Job) -> None:
         prediction: Prediction | None = None
         text = ""
-        try:
-            with self._wake:
+        with self._wake:
+            # A reset that came since the job was taken must stay pending, or this window would enter the new stream.
+            stale = job.epoch != self._epoch
+            if stale:
+                self._running = None
+                job.started_ns = 0
+            else:
                 reason, self._pending_reset = self._pending_reset, None
+        if stale:
+            self._set_state("ready")
+            self._finish(job, "discarded", text="a reset overtook it")
+            return
+        try:
             if reason is not None:
                 engine.reset(reason)
             prediction = engine.step(job.observation)
