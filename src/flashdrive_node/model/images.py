@@ -1,0 +1,141 @@
+"""Images as the vision tower takes them: resize, normalise, cut into patches.
+
+The reference resizes with the native uint8 kernel of bicubic antialiased interpolation on the CPU. `resize_uint8` is
+that kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.errors import InputError
+
+#: Longest side over shortest side that the resize rule takes.
+MAX_ASPECT_RATIO = 200
+
+
+def target_size(height: int, width: int, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """Height and width that an image is resized to: multiples of `factor`, within the pixel limits.
+
+    Sides are rounded to multiples; where the product is too large both sides are scaled down and floored, where it is
+    too small they are scaled up and ceiled, so that the aspect ratio stays close.
+
+    Raises:
+        InputError: A side is not positive, or the image is a sliver.
+    """
+    if min(height, width) < 1:
+        raise InputError(f"image: positive sides are required, found height {height}, width {width}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(f"image: an aspect ratio up to {MAX_ASPECT_RATIO} is required, found {width} x {height}")
+    # Python rounds half to even, which the reference relies on.
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / scale / factor) * factor)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return h, w
+
+
+def resize_uint8(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic antialiased resize in integers: uint8 [N, 3, H, W] on the CPU, of any memory format."""
+    if images.shape[-2:] == size:
+        return images
+    return torch.nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def patchify(images: Tensor, patch: int = 16, merge: int = 2, temporal: int = 2) -> Tensor:
+    """Patch rows of images, of the same type: [N, C, H, W] -> [N x patches, C x temporal x patch x patch].
+
+    Rows run through merge x merge blocks of patches row by row, and row by row within a block, so that merge^2
+    consecutive rows form one image token. A single image fills all temporal slots.
+    """
+    n, channels, height, width = images.shape
+    rows, cols = height // patch, width // patch
+    blocks = images.reshape(n, channels, rows // merge, merge, patch, cols // merge, merge, patch)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    blocks = blocks.expand(*blocks.shape[:6], temporal, patch, patch)
+    return blocks.reshape(n * rows * cols, channels * temporal * patch * patch)
+
+
+def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """0..255 to -1..1, computed in float32."""
+    return ((pixels.float() - 127.5) / 127.5).to(dtype)
+
+
+def as_batch(images: Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]], where: str = "images") -> Tensor:
+    """A uint8 batch [N, 3, H, W] from a tensor or decoded frames.
+
+    Frames [H, W, 3] become a channels-last view of one copy; a tensor or array [N, H, W, 3] is not copied at all.
+
+    Raises:
+        InputError: Not uint8, not three channels, or frames of different sizes.
+    """
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        if not images:
+            raise InputError(f"{where}: at least one image is required, found none")
+        for i, image in enumerate(images):
+            if image.dtype != np.uint8:
+                raise InputError(f"{where}: uint8 is required, found {image.dtype} in image {i}")
+            if image.ndim != 3 or image.shape[2] != 3:
+                raise InputError(f"{where}: [height, width, 3] is required, found {list(image.shape)} in image {i}")
+            if image.shape != images[0].shape:
+                raise InputError(
+                    f"{where}: frames of one camera must have one size, found {list(images[0].shape)} in image 0 and "
+                    f"{list(image.shape)} in image {i}"
+                )
+        images = torch.from_numpy(np.stack(images))
+    if images.dtype != torch.uint8:
+        raise InputError(f"{where}: uint8 is required, found {images.dtype}")
+    if images.ndim == 4 and images.shape[1] == 3:
+        return images
+    if images.ndim == 4 and images.shape[3] == 3:
+        return images.permute(0, 3, 1, 2)
+    raise InputError(f"{where}: [N, 3, H, W] or [N, H, W, 3] is required, found {list(images.shape)}")
+
+
+def preprocess(
+    cameras: Sequence[Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]],
+    config: AlpamayoConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Patch rows and grids of all images of one prompt, in prompt order.
+
+    Args:
+        cameras: Per camera its frames, oldest first: uint8 [N, 3, H, W] or [N, H, W, 3], or N arrays [H, W, 3]. Sizes
+            may differ between cameras.
+        config: Pixel limits and patch sizes.
+        device: Where rows are wanted.
+        dtype: Type of the rows.
+
+    Returns:
+        Rows in -1..1, [patches of all images, patch features], and (rows, columns) of patches per image.
+
+    Raises:
+        InputError: See `as_batch` and `target_size`.
+    """
+    device = torch.device(device)
+    vision = config.vision
+    rows: list[Tensor] = []
+    grids: list[tuple[int, int]] = []
+    for i, frames in enumerate(cameras):
+        images = as_batch(frames, f"camera {i} of {len(cameras)}")
+        size = target_size(images.shape[2], images.shape[3], config.min_pixels, config.max_pixels, vision.resize_factor)
+        images = resize_uint8(images, size).to(device)
+        # Cutting and repeating bytes moves a quarter of what floats would.
+        patches = patchify(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        rows.append(normalise(patches, dtype))
+        grids += [(size[0] // vision.patch_size, size[1] // vision.patch_size)] * len(images)
+    return torch.cat(rows) if len(rows) > 1 else rows[0], grids
