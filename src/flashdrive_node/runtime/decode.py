@@ -55,7 +55,7 @@ def decode_image(
 
 def signature(image: RawImage) -> int:
     """CRC of the bytes: equal for pictures that a camera repeats."""
-    return zlib.crc32(memoryview(image.data))
+    return zlib.crc32(np.frombuffer(image.data, np.uint8).data)
 
 
 def compressed_size(data: Pixels) -> tuple[int, int]:

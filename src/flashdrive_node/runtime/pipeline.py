@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import RLock
 
 from flashdrive_node.engine.protocol import Engine, Observation, Prediction
-from flashdrive_node.runtime.checks import CheckRule, Violation
-from flashdrive_node.runtime.ego_history import EgoRule, EgoWindow
-from flashdrive_node.runtime.frames import FrameAccount, Refusal
-from flashdrive_node.runtime.observation import OdometrySample, RawImage
+from flashdrive_node.runtime.checks import CheckRule, Violation, check_prediction
+from flashdrive_node.runtime.decode_pool import DecodePool
+from flashdrive_node.runtime.ego_history import EgoHistory, EgoRule, EgoWindow
+from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
+from flashdrive_node.runtime.observation import OdometrySample, RawImage, build_observation
+from flashdrive_node.runtime.pipeline_status import CameraStatus, InputNotes, PipelineStatus
 from flashdrive_node.runtime.rig import Rig
-from flashdrive_node.runtime.ring_buffer import WindowRule
-from flashdrive_node.runtime.worker import OutcomeKind, State, WorkerStatus
+from flashdrive_node.runtime.ring_buffer import RingBuffer, WindowRule
+from flashdrive_node.runtime.worker import EngineWorker, Outcome, OutcomeKind, State
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,45 +64,24 @@ class Delivery:
     finished_ns: int
 
 
-@dataclass(frozen=True)
-class CameraStatus:
-    """One camera for diagnostics."""
+@dataclass(eq=False)
+class _Claim:
+    """A window on its way from choice to outcome."""
 
-    name: str
-    index: int
-    account: FrameAccount
-    #: Measured over the last frames; 0 where unknown.
-    rate_hz: float
-    #: Since the last accepted frame, monotonic; None before the first.
-    silent_s: float | None
-    frozen: bool
-    #: Last reason for which an image was refused, with its monotonic age; "" where none.
-    last_error: str
-    last_error_age_s: float
-
-
-@dataclass(frozen=True)
-class PipelineStatus:
-    """Snapshot for diagnostics."""
-
-    cameras: tuple[CameraStatus, ...]
-    #: Why there is no newer window right now; None while windows flow.
-    refusal: Refusal | None
-    worker: WorkerStatus
-    odometry_received: int
-    odometry_dropped: dict[str, int]
-    odometry_silent_s: float | None
-    odometry_last_error: str
-    windows_taken: int
-    resets: dict[str, int]
-    last_reset: str
+    window: FrameWindow
+    ego: EgoWindow
+    epoch: int
+    chosen_ns: int
+    submitted_ns: int = 0
 
 
 class Pipeline:
     """Everything between messages and deliveries. Input methods store and return at once; safe from any thread.
 
-    ``on_delivery`` is called from the worker thread (or, for superseded windows, from a decoding one): it must only
-    hand over, for example append to a deque and trigger a guard condition.
+    ``on_delivery`` is called from the worker thread (for windows that never started: from a decoding or a resetting
+    one): it must only hand over, for example append to a deque and trigger a guard condition. Windows are chosen when
+    a message may have completed one, and decoded one at a time: what becomes complete meanwhile competes afterwards,
+    the newest first.
     """
 
     def __init__(
@@ -105,44 +92,293 @@ class Pipeline:
         settings: PipelineSettings | None = None,
         on_state: Callable[[State], None] | None = None,
     ):
-        raise NotImplementedError
+        self.rig = rig
+        self.settings = settings = settings or PipelineSettings()
+        self._on_delivery = on_delivery
+        self._ring = RingBuffer(rig, settings.window)
+        self._ego = EgoHistory(settings.ego, rig.base_frame)
+        self._pool = DecodePool(rig, settings.decode_threads, settings.max_pixels)
+        self.worker = EngineWorker(
+            make_engine, self._on_outcome, on_state, settings.hang_timeout_s, settings.reload_after_failures
+        )
+        self._notes = {camera.index: InputNotes() for camera in rig.cameras}
+        self._odometry_notes = InputNotes()
+        self._frozen: dict[int, bool] = {camera.index: False for camera in rig.cameras}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._nav_text: str | None = None
+        self._active = False
+        self._closed = False
+        self._epoch = 0
+        self._decoding: _Claim | None = None
+        self._claims: dict[int, _Claim] = {}
+        self._window_id = 0
+        self._last_t0_ns: int | None = None
+        self._refusal: Refusal | None = Refusal("inactive", "not active")
+        self._resets: Counter[str] = Counter()
+        self._last_reset = ""
+        # Taken before the locks of the parts and never while one of them is held.
+        self._lock = RLock()
 
     def start(self) -> None:
-        """Load and warm the engine up in its thread; returns at once. Frames are stored from now on."""
-        raise NotImplementedError
+        """Load and warm the engine up in its thread; returns at once."""
+        self.worker.start()
 
     def set_active(self, active: bool) -> None:
         """Windows are only formed while active; inactive, images are counted and dropped."""
-        raise NotImplementedError
+        with self._lock:
+            if active == self._active:
+                return
+            self._active = active
+            self._refusal = Refusal("waiting", "waiting for frames") if active else Refusal("inactive", "not active")
+            self._reset_stream("activated" if active else "deactivated")
 
     def on_image(self, camera_index: int, image: RawImage, now_ns: int | None = None) -> None:
         """Take one image; ``now_ns`` is the node's clock."""
-        raise NotImplementedError
+        notes, spec = self._notes[camera_index], self.rig.camera(camera_index)
+        if not self._active:
+            self._ring.count_drop(camera_index, "inactive")
+            return
+        if len(image.data) > spec.max_bytes:
+            self.refuse_image(
+                camera_index, f"image must have at most {spec.max_bytes} bytes, found {len(image.data)}", "invalid"
+            )
+            return
+        insertion = self._ring.insert(camera_index, image, now_ns)
+        if insertion.jumped_back_s is not None:
+            self.reset("clock_jump", f"stamps of camera {spec.name} went back by {insertion.jumped_back_s:.3f} s")
+            insertion = self._ring.insert(camera_index, image, now_ns)
+        if insertion.frame is None:
+            notes.complain(_complaint(insertion.dropped, image.stamp_ns, now_ns))
+            return
+        notes.received_ns = image.received_ns
+        if self.worker.ready and self._ring.wanted(insertion.frame):
+            self._pool.schedule(insertion.frame)
+        self._advance(now_ns)
 
-    def refuse_image(self, camera_index: int, text: str) -> None:
+    def refuse_image(self, camera_index: int, text: str, cause: DropCause = "invalid") -> None:
         """Count an image that the node could not even convert, and report why."""
-        raise NotImplementedError
+        self._ring.count_drop(camera_index, cause)
+        self._notes[camera_index].complain(text)
 
     def on_odometry(self, sample: OdometrySample) -> None:
         """Take one odometry sample; may complete a window that waited for it."""
-        raise NotImplementedError
+        conspicuous = self._ego.insert(sample)
+        if conspicuous is not None and conspicuous.reason == "clock_jump":
+            self.reset("clock_jump", conspicuous.text)
+            conspicuous = self._ego.insert(sample)
+        if conspicuous is not None:
+            self._odometry_notes.complain(conspicuous.text)
+            if conspicuous.reason != "frame_change":
+                return
+        self._odometry_notes.received_ns = time.monotonic_ns()
+        self._advance()
 
     def set_navigation(self, text: str | None) -> None:
         """Navigation instruction of the windows from now on."""
-        raise NotImplementedError
+        self._nav_text = text
 
-    def reset(self, reason: str) -> None:
-        """Forget frames, history and streaming state; results of earlier windows are discarded."""
-        raise NotImplementedError
+    def reset(self, reason: str, text: str = "") -> None:
+        """Forget frames, history and streaming state; results of earlier windows are discarded.
+
+        Args:
+            reason: What the reset is counted under, for example "clock_jump", "service".
+            text: Details for the log and for diagnostics.
+        """
+        with self._lock:
+            self._ego.reset()
+            self._ring.reset()
+            self._reset_stream(reason, text)
 
     def check(self, delivery: Delivery, now_ns: int) -> list[Violation]:
         """Violations of a delivery's prediction at publication time."""
-        raise NotImplementedError
+        if delivery.prediction is None:
+            raise ValueError(f"window {delivery.window_id} has no prediction to check: {delivery.text}")
+        age_s = (now_ns - delivery.t0_ns) / 1e9
+        return check_prediction(delivery.prediction, age_s, self.settings.checks, delivery.ego.speed_twist)
 
     def status(self) -> PipelineStatus:
         """Snapshot for diagnostics."""
-        raise NotImplementedError
+        accounts, rates = self._ring.accounts(), self._ring.rates_hz()
+        cameras = []
+        for spec in self.rig.cameras:
+            notes = self._notes[spec.index]
+            cameras.append(
+                CameraStatus(
+                    name=spec.name,
+                    index=spec.index,
+                    account=accounts[spec.index],
+                    rate_hz=rates[spec.index],
+                    silent_s=notes.silent_s(),
+                    frozen=self._frozen[spec.index],
+                    last_error=notes.error,
+                    last_error_age_s=notes.error_age_s(),
+                )
+            )
+        return PipelineStatus(
+            cameras=tuple(cameras),
+            refusal=self._refusal,
+            worker=self.worker.status(),
+            odometry_received=self._ego.received,
+            odometry_dropped=dict(self._ego.dropped),
+            odometry_silent_s=self._odometry_notes.silent_s(),
+            odometry_last_error=self._odometry_notes.error,
+            odometry_last_error_age_s=self._odometry_notes.error_age_s(),
+            windows_taken=self._window_id,
+            resets=dict(self._resets),
+            last_reset=self._last_reset,
+        )
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """End all threads; False where the engine's thread did not end in time."""
-        raise NotImplementedError
+        with self._lock:
+            self._active = False
+            self._closed = True
+            self._epoch += 1
+        self._pool.close()
+        return self.worker.close(timeout_s)
+
+    def _advance(self, now_ns: int | None = None) -> None:
+        """Claim the newest window that frames and odometry complete, unless one is being decoded."""
+        with self._lock:
+            if not self._active or self._decoding is not None:
+                return
+            if not self.worker.ready:
+                self._refusal = Refusal("engine", f"the engine is {self.worker.status().state}")
+                return
+            limit_ns = self._ego.newest_usable_ns()
+            if limit_ns is None:
+                self._refusal = Refusal("odometry_missing", "no odometry received")
+                return
+            window = self._ring.newest_window(limit_ns, now_ns)
+            if isinstance(window, Refusal):
+                self._note_refusal(window, limit_ns)
+                return
+            ego = self._ego.history_at(window.t0_ns)
+            if isinstance(ego, Refusal):
+                # Not claimed: the next odometry sample may complete it.
+                self._refusal = ego
+                return
+            self._ring.take(window)
+            self._decoding = claim = _Claim(window, ego, self._epoch, time.monotonic_ns())
+        frames = [frame for camera in window.cameras for frame in camera.frames]
+        self._pool.when_decoded(frames, lambda: self._decoded(claim))
+
+    def _note_refusal(self, refusal: Refusal, limit_ns: int) -> None:
+        if refusal.reason == "waiting":
+            newest_ns = self._ring.newest_reference_ns()
+            if newest_ns is not None and newest_ns - limit_ns > self.settings.ego.max_gap_s * 1e9:
+                text = f"newest odometry is {(newest_ns - limit_ns) / 1e6:.0f} ms older than the newest frame"
+                self._refusal = Refusal("odometry_wait", text)
+            # Between two windows there is always something to wait for: that is no reason to report.
+            return
+        self._refusal = refusal
+
+    def _decoded(self, claim: _Claim) -> None:
+        with self._lock:
+            self._decoding = None
+            if not self._submit(claim):
+                self._ring.resolve(claim.window, used=False)
+        self._advance()
+
+    def _submit(self, claim: _Claim) -> bool:
+        """Hand a decoded window to the worker; False where nothing came of it."""
+        if claim.epoch != self._epoch:
+            return False
+        window = claim.window
+        for camera in window.cameras:
+            for frame in camera.frames:
+                if frame.error is not None:
+                    self._ring.discard(frame, frame.error)
+                    self._notes[camera.index].complain(frame.error)
+                    self._refusal = Refusal("corrupt", f"camera {camera.name}: {frame.error}", camera.name)
+        if any(frame.pixels is None for camera in window.cameras for frame in camera.frames):
+            return False
+        refusal = self._frozen_camera(window) or self._changed_size(window)
+        if refusal is not None:
+            self._refusal = refusal
+            return False
+        gap_s = 0.0 if self._last_t0_ns is None else (window.t0_ns - self._last_t0_ns) / 1e9
+        if gap_s > self.settings.max_t0_gap_s:
+            self._count_reset("gap", f"{gap_s:.2f} s without a window")
+            self.worker.reset("gap")
+        self._last_t0_ns = window.t0_ns
+        self._window_id += 1
+        observation = build_observation(self._window_id, window, claim.ego, self._nav_text)
+        claim.submitted_ns = time.monotonic_ns()
+        self._claims[observation.window_id] = claim
+        if not self.worker.submit(observation):
+            del self._claims[observation.window_id]
+            self._refusal = Refusal("engine", f"the engine is {self.worker.status().state}")
+            return False
+        self._refusal = None
+        return True
+
+    def _frozen_camera(self, window: FrameWindow) -> Refusal | None:
+        frozen = [camera for camera in window.cameras if camera.frozen]
+        self._frozen = {camera.index: camera.frozen for camera in window.cameras}
+        if not frozen or not self.settings.refuse_frozen:
+            return None
+        names = ", ".join(camera.name for camera in frozen)
+        return Refusal("frozen", f"camera {names} repeats the same picture in all frames of the window", frozen[0].name)
+
+    def _changed_size(self, window: FrameWindow) -> Refusal | None:
+        for camera in window.cameras:
+            sizes = [frame.pixels.shape[1::-1] for frame in camera.frames if frame.pixels is not None]
+            if len(set(sizes)) > 1:
+                text = f"camera {camera.name} changes its size within the window: {sizes[0]} to {sizes[-1]}"
+                return Refusal("size_change", text, camera.name)
+        for camera in window.cameras:
+            pixels = camera.frames[-1].pixels
+            assert pixels is not None
+            size = (pixels.shape[1], pixels.shape[0])
+            before = self._sizes.setdefault(camera.index, size)
+            if before != size:
+                self._sizes[camera.index] = size
+                self._count_reset("size_change", f"camera {camera.name} changed its size from {before} to {size}")
+                self.worker.reset("size_change")
+        return None
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        observation = outcome.observation
+        with self._lock:
+            claim = self._claims.pop(observation.window_id)
+            self._ring.resolve(claim.window, used=outcome.started_ns > 0)
+        window = claim.window
+        self._on_delivery(
+            Delivery(
+                kind=outcome.kind,
+                window_id=observation.window_id,
+                t0_ns=observation.t0_ns,
+                prediction=outcome.prediction,
+                observation=observation,
+                ego=claim.ego,
+                stamps_ns={camera.name: camera.stamps_ns for camera in window.cameras},
+                text=outcome.text,
+                received_ns=window.received_ns,
+                chosen_ns=claim.chosen_ns,
+                submitted_ns=claim.submitted_ns,
+                started_ns=outcome.started_ns,
+                finished_ns=outcome.finished_ns,
+            )
+        )
+
+    def _reset_stream(self, reason: str, text: str = "") -> None:
+        self._epoch += 1
+        self._last_t0_ns = None
+        self._count_reset(reason, text)
+        self.worker.reset(reason)
+
+    def _count_reset(self, reason: str, text: str) -> None:
+        self._resets[reason] += 1
+        self._last_reset = f"{reason}: {text}" if text else reason
+        logger.info("reset: %s", self._last_reset)
+
+
+def _complaint(cause: DropCause | None, stamp_ns: int, now_ns: int | None) -> str:
+    text = f"image at {stamp_ns / 1e9:.3f} s dropped: {cause}"
+    if now_ns is not None and cause in ("stale", "future"):
+        text += (
+            f", {abs(now_ns - stamp_ns) / 1e9:.1f} s {'behind' if cause == 'stale' else 'ahead of'} the node's clock"
+        )
+        text += " (is use_sim_time set as it must be?)"
+    return text

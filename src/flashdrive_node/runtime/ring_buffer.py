@@ -247,6 +247,10 @@ class RingBuffer:
                 for index, store in self._stores.items()
             }
 
+    def newest_reference_ns(self) -> int | None:
+        """Newest stamp of the reference camera, None before the first."""
+        return self._reference.newest_ns
+
     def rates_hz(self) -> dict[int, float]:
         """Frame rate of every camera by index, from the stamps of its last 20 frames; 0 where unknown."""
         with self._lock:
