@@ -21,6 +21,10 @@ CAMERA_INDICES = {
     "camera_front_tele_30fov": 6,
 }
 
+#: Topics under the node's name, beside those of the cameras.
+ODOMETRY_INPUT = "~/input/odometry"
+NAVIGATION_INPUT = "~/input/navigation"
+
 TRANSPORTS = ("compressed", "raw")
 
 
@@ -52,6 +56,16 @@ class CameraSpec:
     #: Largest accepted message payload, bytes.
     max_bytes: int = 32 * 1024 * 1024
     camera_info_topic: str | None = None
+
+    @property
+    def input_topic(self) -> str:
+        """Topic of its images under the node's name, as image_transport would call it."""
+        return f"~/input/{self.name}/image" + ("/compressed" if self.transport == "compressed" else "")
+
+    @property
+    def info_input_topic(self) -> str:
+        """Topic of its CameraInfo under the node's name."""
+        return f"~/input/{self.name}/camera_info"
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,19 @@ class Rig:
             if spec.index == index:
                 return spec
         raise KeyError(f"rig {self.name!r} has cameras {[c.index for c in self.cameras]}, not {index}")
+
+
+def rig_remappings(rig: Rig) -> list[tuple[str, str]]:
+    """Remappings from the node's input topics to the topics that the rig names."""
+    remappings = []
+    for camera in rig.cameras:
+        remappings.append((camera.input_topic, camera.topic))
+        if camera.camera_info_topic is not None:
+            remappings.append((camera.info_input_topic, camera.camera_info_topic))
+    remappings.append((ODOMETRY_INPUT, rig.odometry_topic))
+    if rig.navigation_topic is not None:
+        remappings.append((NAVIGATION_INPUT, rig.navigation_topic))
+    return remappings
 
 
 def share_directory() -> Path:
