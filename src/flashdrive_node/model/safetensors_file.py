@@ -46,6 +46,11 @@ class Entry(NamedTuple):
     start: int
     nbytes: int
 
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
 
 @dataclass
 class Header:
