@@ -21,6 +21,7 @@ IMAGE = "sensor_msgs/msg/Image"
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 ODOMETRY = "nav_msgs/msg/Odometry"
 STRING = "std_msgs/msg/String"
+DIAGNOSTICS = "diagnostic_msgs/msg/DiagnosticArray"
 
 
 class BagError(Exception):

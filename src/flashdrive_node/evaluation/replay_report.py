@@ -1,0 +1,270 @@
+"""What came of a replay: windows, drops, latencies, ages, resets and faults, read from the recorded outputs.
+
+Everything here is computed from two bags, the one that was played and the one that the recorder wrote; nothing needs
+ROS, and a report can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdrive_node.runtime.bag import DIAGNOSTICS, messages, open_bag
+from flashdrive_node.runtime.rig import Rig
+
+#: What random weights mean for a reader of the report.
+RANDOM_WEIGHTS = (
+    "The weights of this model are random: its trajectories and texts mean nothing. Everything around them (topics, "
+    "frame choice, ego history, checks, timing, recording) is the real thing."
+)
+FAKE_ENGINE = (
+    "The engine of this run is the stand-in without a model: it continues the measured speed and yaw rate of the ego "
+    "history and looks at no image. Everything around it is the real thing."
+)
+_LEVELS = ("OK", "WARN", "ERROR", "STALE")
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Distribution of one figure."""
+
+    count: int
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Percentiles:
+        """Percentiles of at least one value."""
+        p50, p95, p99 = (round(float(v), 3) for v in np.percentile(values, (50, 95, 99)))
+        return cls(len(values), p50, p95, p99, round(float(max(values)), 3))
+
+
+@dataclass(frozen=True)
+class StatusChange:
+    """One change in what the node said about a part of itself."""
+
+    time_s: float
+    part: str
+    level: str
+    text: str
+
+
+@dataclass
+class ReplayReport:
+    """The summary of one replay."""
+
+    bag: str
+    outputs: str
+    rig: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    played: dict[str, Any] = field(default_factory=dict)
+    published: int = 0
+    #: Values of the last diagnostics: counters by part of the node, as the node names them.
+    counters: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: Windows that were computed and not published, windows not computed, resets: by cause, from the counters.
+    withheld: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    resets: dict[str, int] = field(default_factory=dict)
+    #: Frames by camera: received, used, and dropped by cause.
+    frames: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: Milliseconds by stage.
+    latency_ms: dict[str, Percentiles] = field(default_factory=dict)
+    #: Publication time minus t0 on the bag's clock, milliseconds.
+    age_ms: Percentiles | None = None
+    #: Mean distance in metres between the published trajectory and where the vehicle then was, by horizon.
+    distance_to_driven_m: dict[str, float] = field(default_factory=dict)
+    changes: list[StatusChange] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def faults(self) -> list[StatusChange]:
+        """Changes to ERROR."""
+        return [change for change in self.changes if change.level == "ERROR"]
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the recorder wrote, parsed."""
+
+    #: Records in order of publication.
+    records: list[dict[str, Any]]
+    #: Time in nanoseconds, part of the node, level, text, values.
+    statuses: list[tuple[int, str, int, str, dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class DrivenPath:
+    """Where the vehicle was, from the odometry of the played bag."""
+
+    stamps_ns: NDArray[np.int64]
+    #: x, y, unwrapped yaw in the odometry frame: float64 [N, 3].
+    poses: NDArray[np.float64]
+
+    def at(self, times_ns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Poses [K, 3] at times within the recording; NaN outside of it."""
+        base = self.stamps_ns[0]
+        x, known = (times_ns - base).astype(np.float64), (self.stamps_ns - base).astype(np.float64)
+        columns = [np.interp(x, known, self.poses[:, i], left=np.nan, right=np.nan) for i in range(3)]
+        return np.stack(columns, axis=1)
+
+    def future(self, t0_ns: int, points: int = 64, dt_s: float = 0.1) -> NDArray[np.float64]:
+        """Positions [points, 2] after t0 in the vehicle frame at t0, metres; NaN beyond the recording."""
+        times = t0_ns + (np.arange(points + 1) * dt_s * 1e9).astype(np.int64)
+        poses = self.at(times)
+        turn = np.exp(-1j * poses[0, 2])
+        moved = ((poses[:, 0] - poses[0, 0]) + 1j * (poses[:, 1] - poses[0, 1])) * turn
+        return np.stack([moved.real, moved.imag], axis=1)[1:]
+
+
+def read_outputs(path: Path) -> Outputs:
+    """Records and diagnostics of a recorded output bag.
+
+    Raises:
+        BagError: The bag cannot be read.
+    """
+    records: list[dict[str, Any]] = []
+    statuses: list[tuple[int, str, int, str, dict[str, str]]] = []
+    with open_bag(path) as reader:
+        wanted = [c for c in reader.connections if c.topic.endswith("/output/record") or c.topic == "/diagnostics"]
+        for connection, stamp, raw in messages(reader, wanted):
+            message: Any = reader.deserialize(raw, connection.msgtype)
+            if connection.msgtype != DIAGNOSTICS:
+                records.append(json.loads(message.data))
+                continue
+            for status in message.status:
+                part = status.name.split(":", 1)[-1].strip()
+                level = status.level[0] if isinstance(status.level, bytes) else int(status.level)
+                values = {item.key: item.value for item in status.values}
+                statuses.append((stamp, part, level, status.message, values))
+    return Outputs(records, statuses)
+
+
+def read_driven_path(bag: Path, rig: Rig) -> DrivenPath:
+    """Odometry poses of a bag.
+
+    Raises:
+        BagError: The bag cannot be read.
+    """
+    stamps, poses = [], []
+    with open_bag(bag) as reader:
+        wanted = [c for c in reader.connections if c.topic == rig.odometry_topic]
+        for connection, _, raw in messages(reader, wanted):
+            message: Any = reader.deserialize(raw, connection.msgtype)
+            p, q = message.pose.pose.position, message.pose.pose.orientation
+            stamps.append(message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec)
+            yaw = np.arctan2(2 * (q.w * q.z + q.x * q.y), 1 - 2 * (q.y * q.y + q.z * q.z))
+            poses.append((p.x, p.y, yaw))
+    order = np.argsort(np.array(stamps), kind="stable")
+    table = np.array(poses, np.float64).reshape(-1, 3)[order]
+    table[:, 2] = np.unwrap(table[:, 2])
+    return DrivenPath(np.array(stamps, np.int64)[order], table)
+
+
+def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any], problem: str = "") -> ReplayReport:
+    """Summarise a replay.
+
+    Args:
+        bag: The bag that was played.
+        outputs: The bag that the recorder wrote; None where it has nothing.
+        rig: The rig that was played.
+        played: What the player says about what it played.
+        problem: Why the run ended early.
+
+    Raises:
+        BagError: A bag cannot be read.
+    """
+    report = ReplayReport(str(bag), str(outputs or ""), rig.name, conditions=_conditions(), played=played)
+    report.problem = problem
+    if outputs is None:
+        return report
+    data = read_outputs(outputs)
+    report.published = len(data.records)
+    if data.records:
+        report.engine = data.records[-1].get("engine") or {}
+        ages = [(r["published_ns"] - r["t0_ns"]) / 1e6 for r in data.records]
+        report.age_ms = Percentiles.of(ages)
+        stages = {stage for record in data.records for stage in record["timings_ms"]}
+        for stage in sorted(stages):
+            report.latency_ms[stage] = Percentiles.of(
+                [r["timings_ms"][stage] for r in data.records if stage in r["timings_ms"]]
+            )
+        report.distance_to_driven_m = _distance_to_driven(data.records, read_driven_path(bag, rig))
+    name = str(report.engine.get("name", ""))
+    if name.startswith("fake"):
+        report.notes.append(FAKE_ENGINE)
+    if "random" in str(report.engine.get("checkpoint", "")):
+        report.notes.append(RANDOM_WEIGHTS)
+    _read_statuses(report, data)
+    return report
+
+
+def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict[str, float]:
+    gaps = []
+    for record in records:
+        planned = np.array(record["trajectory"]["xyz_m"])[:, :2]
+        gaps.append(np.linalg.norm(planned - path.future(record["t0_ns"], len(planned)), axis=1))
+    table = np.array(gaps)
+    found = {}
+    for horizon_s in (1.0, 3.0, 6.4):
+        column = table[:, round(horizon_s * 10) - 1]
+        if not np.isnan(column).all():
+            found[f"{horizon_s:g} s"] = round(float(np.nanmean(column)), 3)
+    return found
+
+
+def _read_statuses(report: ReplayReport, data: Outputs) -> None:
+    start = data.statuses[0][0] if data.statuses else 0
+    last: dict[str, tuple[int, str]] = {}
+    for stamp, part, level, text, values in data.statuses:
+        report.counters[part] = values
+        if part not in last or last[part][0] != level:
+            name = _LEVELS[level] if level < len(_LEVELS) else str(level)
+            report.changes.append(StatusChange(round((stamp - start) / 1e9, 3), part, name, text))
+        last[part] = (level, text)
+    for part, values in report.counters.items():
+        groups: dict[str, Counter[str]] = {"withheld": Counter(), "dropped": Counter(), "resets": Counter()}
+        plain: Counter[str] = Counter()
+        for key, value in values.items():
+            if not value.lstrip("-").isdigit():
+                continue
+            group, _, cause = key.partition(".")
+            if cause and group in groups:
+                groups[group][cause] += int(value)
+            else:
+                plain[key] = int(value)
+        if part.startswith("camera "):
+            frames = {key: plain[key] for key in ("received", "used") if key in plain}
+            report.frames[part.removeprefix("camera ")] = frames | dict(groups["dropped"])
+        else:
+            report.withheld.update(groups["withheld"])
+            report.resets.update(groups["resets"])
+            if part == "inference":
+                report.dropped.update(groups["dropped"])
+
+
+def _conditions() -> dict[str, Any]:
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(errors="replace").splitlines() if file.exists() else []
