@@ -28,8 +28,8 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 
-from flashdrive_node.ros.topics import NODE_NAME, rig_remappings
-from flashdrive_node.runtime.rig import load_rig, share_directory
+from flashdrive_node.ros.topics import NODE_NAME
+from flashdrive_node.runtime.rig import load_rig, rig_remappings, share_directory
 
 _TAIL_LINES = 15
 
