@@ -1,13 +1,15 @@
 """Images as the vision tower takes them: resize, normalise, cut into patches.
 
 The reference resizes with the native uint8 kernel of bicubic antialiased interpolation on the CPU. `resize_uint8` is
-that kernel.
+that kernel; `resize_on_device` computes the same integers as two matrix products on any device, so that frames can be
+uploaded as they come and the patches stay equal bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -51,6 +53,77 @@ def resize_uint8(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
     return torch.nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def integer_weights(size_in: int, size_out: int) -> tuple[NDArray[np.int32], int]:
+    """Weights of the uint8 kernel along one axis: int32 [size_out, size_in], and their number of fraction bits.
+
+    Cubic convolution with a = -0.5, widened by the scale where the image shrinks, normalised, then rounded to as many
+    fraction bits as keep the largest weight within 16 bits.
+    """
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    support = 2.0 * stretch
+    center = scale * (np.arange(size_out) + 0.5)
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    taps = np.minimum((center + support + 0.5).astype(np.int64), size_in) - first
+    tap = np.arange(int(taps.max()))
+    x = np.abs((first[:, None] + tap - center[:, None] + 0.5) * (1.0 / stretch))
+    a = -0.5
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)) * (tap < taps[:, None])
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed in order, as the kernel does
+    bits = 0
+    while bits < 22 and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    rounded = np.trunc(weights * (1 << bits) + np.copysign(0.5, weights)).astype(np.int32)
+    matrix = np.zeros((size_out, size_in + len(tap)), np.int32)
+    np.put_along_axis(matrix, first[:, None] + tap, rounded, axis=1)
+    return matrix[:, :size_in], bits
+
+
+@lru_cache(maxsize=32)
+def _split_weights(size_in: int, size_out: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """High and low bytes of `integer_weights`, both signed and up to 128: [2 x size_out, size_in], and the bits.
+
+    Bytes and pixels are exact in bfloat16 (and TF32), and a row of products sums to far less than 2^24, so the
+    products are exact on tensor cores whatever the order of summation.
+    """
+    weights, bits = integer_weights(size_in, size_out)
+    low = (weights + 128) % 256 - 128
+    stacked = np.concatenate(((weights - low) // 256, low))
+    return torch.from_numpy(stacked).to(device, dtype), bits
+
+
+def _round_off(products: Tensor, dim: int, bits: int) -> Tensor:
+    """Put high and low halves along `dim` together and round to 0..255, int32."""
+    high, low = products.to(torch.int32).chunk(2, dim)
+    total = high * 256 + low
+    return (total.add_(1 << (bits - 1)) >> bits).clamp_(0, 255)
+
+
+def resize_on_device(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `resize_uint8` gives, on the device of `images`: uint8 [N, C, H, W] to uint8 [N, C, *size].
+
+    Columns first, then rows, each rounded and clamped to 0..255. Equal to the CPU kernel in every value; with
+    [1920, 1080] frames on a CUDA device the matrix products run on tensor cores.
+    """
+    n, channels, height, width = images.shape
+    on_cuda = images.device.type == "cuda"
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    if width != size[1]:
+        weights, bits = _split_weights(width, size[1], images.device, dtype)
+        rows = images.to(dtype, memory_format=torch.contiguous_format).view(-1, width)
+        products = torch.mm(rows, weights.T, out_dtype=torch.float32) if on_cuda else rows @ weights.T
+        images = _round_off(products, 1, bits).view(n, channels, height, size[1])
+    if height != size[0]:
+        weights, bits = _split_weights(height, size[0], images.device, dtype)
+        planes = images.to(dtype, memory_format=torch.contiguous_format).view(-1, height, size[1])
+        weights = weights.expand(len(planes), -1, -1)
+        products = torch.bmm(weights, planes, out_dtype=torch.float32) if on_cuda else weights @ planes
+        images = _round_off(products, 1, bits).view(n, channels, *size)
+    return images.to(torch.uint8)
 
 
 def patchify(images: Tensor, patch: int = 16, merge: int = 2, temporal: int = 2) -> Tensor:
@@ -117,7 +190,7 @@ def preprocess(
         cameras: Per camera its frames, oldest first: uint8 [N, 3, H, W] or [N, H, W, 3], or N arrays [H, W, 3]. Sizes
             may differ between cameras.
         config: Pixel limits and patch sizes.
-        device: Where rows are wanted.
+        device: Where rows are wanted. On the CPU the native kernel runs, elsewhere `resize_on_device`.
         dtype: Type of the rows.
 
     Returns:
@@ -133,7 +206,7 @@ def preprocess(
     for i, frames in enumerate(cameras):
         images = as_batch(frames, f"camera {i} of {len(cameras)}")
         size = target_size(images.shape[2], images.shape[3], config.min_pixels, config.max_pixels, vision.resize_factor)
-        images = resize_uint8(images, size).to(device)
+        images = resize_uint8(images, size) if device.type == "cpu" else resize_on_device(images.to(device), size)
         # Cutting and repeating bytes moves a quarter of what floats would.
         patches = patchify(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         rows.append(normalise(patches, dtype))
