@@ -9,16 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import RLock
 
-from flashdrive_node.engine.protocol import Engine, Observation, Prediction
+from flashdrive_node.engine.protocol import Engine
 from flashdrive_node.runtime.checks import CheckRule, Violation, check_prediction
 from flashdrive_node.runtime.decode_pool import DecodePool
+from flashdrive_node.runtime.delivery import Delivery
 from flashdrive_node.runtime.ego_history import EgoHistory, EgoRule, EgoWindow
 from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
 from flashdrive_node.runtime.observation import OdometrySample, RawImage, build_observation
 from flashdrive_node.runtime.pipeline_status import CameraStatus, InputNotes, PipelineStatus
 from flashdrive_node.runtime.rig import Rig
 from flashdrive_node.runtime.ring_buffer import RingBuffer, WindowRule
-from flashdrive_node.runtime.worker import EngineWorker, Outcome, OutcomeKind, State
+from flashdrive_node.runtime.worker import EngineWorker, Outcome, State
 
 logger = logging.getLogger(__name__)
 
@@ -39,29 +40,6 @@ class PipelineSettings:
     max_t0_gap_s: float = 1.0
     hang_timeout_s: float = 5.0
     reload_after_failures: int = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Delivery:
-    """One window that reached the worker, with everything that publishing needs."""
-
-    kind: OutcomeKind
-    window_id: int
-    t0_ns: int
-    prediction: Prediction | None
-    #: The observation without which nothing can be said about it; its images are kept only until delivery.
-    observation: Observation
-    ego: EgoWindow
-    #: Stamps that were used, by camera name, oldest first.
-    stamps_ns: dict[str, tuple[int, ...]]
-    #: Why there is no prediction, for every kind but "result".
-    text: str
-    #: Monotonic times: last frame of the window received, window chosen, decoded and submitted, step started, ended.
-    received_ns: int
-    chosen_ns: int
-    submitted_ns: int
-    started_ns: int
-    finished_ns: int
 
 
 @dataclass(eq=False)
@@ -216,7 +194,7 @@ class Pipeline:
             )
         return PipelineStatus(
             cameras=tuple(cameras),
-            refusal=self._refusal,
+            refusal=self._refusal or self._silence(),
             worker=self.worker.status(),
             odometry_received=self._ego.received,
             odometry_dropped=dict(self._ego.dropped),
@@ -236,6 +214,19 @@ class Pipeline:
             self._epoch += 1
         self._pool.close()
         return self.worker.close(timeout_s)
+
+    def _silence(self) -> Refusal | None:
+        """The input that has sent nothing for a second of wall time: without messages nobody else would notice."""
+        if not self._active:
+            return None
+        for spec in self.rig.cameras:
+            silent_s = self._notes[spec.index].silent_s()
+            if silent_s is not None and silent_s > 1.0:
+                return Refusal("silent", f"camera {spec.name} has been silent for {silent_s:.1f} s", spec.name)
+        silent_s = self._odometry_notes.silent_s()
+        if silent_s is not None and silent_s > 1.0:
+            return Refusal("odometry_silent", f"odometry has been silent for {silent_s:.1f} s")
+        return None
 
     def _advance(self, now_ns: int | None = None) -> None:
         """Claim the newest window that frames and odometry complete, unless one is being decoded."""
