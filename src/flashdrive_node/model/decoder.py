@@ -7,6 +7,7 @@ one context is [T, hidden], and rows that share a prefix are further tokens told
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,8 @@ def run_layers(
     Returns:
         Hidden states behind the last layer, before the final norm: [T, hidden].
     """
-    for i, layer in enumerate(layers):
+    for i, module in enumerate(layers):
+        layer = cast(DecoderLayer, module)
         q, k, v = layer.project(x)
         if observe:
             observe(f"k_pre_rope.{i}", k)

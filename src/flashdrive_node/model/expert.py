@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import silu
 
 from flashdrive_node.model.config import ActionInProjConfig, AlpamayoConfig
 from flashdrive_node.model.decoder import DecoderLayer, Observe, RMSNorm, run_layers
@@ -48,9 +48,8 @@ class ActionInProj(nn.Module):
         angles = values[..., None] * self.frequencies * 2 * torch.pi  # [N, channels + 1, frequencies]
         y = (torch.cat((angles.sin(), angles.cos()), dim=-1) * math.sqrt(2)).flatten(1)
         for dense, norm in zip(self.linears[:-1], self.norms, strict=True):
-            y = norm(silu(linear(y, dense.weight, dense.bias)))
-        y = self.linears[-1](y)
-        return layer_norm(y, y.shape[-1:], self.out_norm.weight, self.out_norm.bias, ENCODER_EPS)
+            y = norm(silu(dense(y)))
+        return self.out_norm(self.linears[-1](y))
 
 
 class ActionExpert(nn.Module):

@@ -158,7 +158,7 @@ def decode(
         settings: How tokens are drawn.
         rule: When a text ends.
         generator: Source of randomness on the model's device.
-        script: Tokens to take instead of drawing them, [rows, steps], padded behind each row's end.
+        script: Tokens to take in place of the drawn ones, [rows, steps], padded behind each row's end.
         observe: Receives "logits_masked" [rows, vocabulary], "final_hidden_last" and "position" per step; then the
             step behind the last stop token is computed too, which nothing else needs.
     """
@@ -176,10 +176,9 @@ def decode(
         if observe:
             observe("logits_masked", logits)
         step = len(tokens)
-        if script is None:
-            token = sample(logits, settings, generator)
-        else:
-            token = script[:, step] if step < script.shape[1] else torch.full_like(script[:, 0], rule.pad)
+        token = sample(logits, settings, generator)
+        if script is not None:
+            token = script[:, step] if step < script.shape[1] else torch.full_like(token, rule.pad)
         token = torch.where(ended, rule.pad, token)
         tokens.append(token)
         finished_before = bool((stopped | ended).all())
@@ -255,7 +254,8 @@ def velocity_field(model: Alpamayo, context: Context, text: Generated, observe: 
     positions = (first + torch.arange(waypoints, device=device)).reshape(-1).expand(3, -1)
     cos, sin = mrope_cos_sin(positions, model.config.expert, model.dtype)
     mask = None
-    if rows > 1:
+    # One text whose every slot counts needs no mask; a context with slots behind the text's end does.
+    if rows > 1 or used - context.prefix > text.lengths[0]:
         row = torch.arange(rows, device=device)
         slot = torch.arange(used - context.prefix, device=device)
         own_text = (slot[None, :] % rows == row[:, None]) & (
@@ -298,31 +298,30 @@ def act(
     model: Alpamayo,
     velocity: Velocity,
     noise: Tensor,
-    history_xyz: Tensor,
-    history_rot: Tensor,
+    initial_speed: Tensor,
+    z: float = 0.0,
     steps: int | None = None,
     without_navigation: Velocity | None = None,
     guidance_weight: float | None = None,
-) -> tuple[Tensor, Tensor, Path]:
+) -> tuple[Tensor, Path]:
     """Integrate the flow and turn actions into paths.
 
     Args:
         model: The network.
         velocity: Of `velocity_field`.
         noise: [rows, waypoints, 2], scaled.
-        history_xyz: Ego positions [16, 3], float32 on the model's device.
-        history_rot: Ego rotations [16, 3, 3].
+        initial_speed: At t0, m/s; a scalar on the model's device.
+        z: Height at t0, metres; waypoints keep it.
         steps: Flow steps; the checkpoint's number by default.
         without_navigation: Velocity of the second context; guidance is off without it.
         guidance_weight: The checkpoint's by default.
 
     Returns:
-        Normalised actions [rows, waypoints, 2], speed at t0 (scalar), and the paths [rows, waypoints, ...].
+        Normalised actions [rows, waypoints, 2], and the paths [rows, waypoints, ...].
     """
     flow = model.config.flow
     if without_navigation is not None:
         weight = flow.inference_guidance_weight if guidance_weight is None else guidance_weight
         velocity = guided(velocity, without_navigation, weight)
     action = integrate(velocity, noise, steps or flow.num_inference_steps)
-    v0 = model.action_space.initial_speed(history_xyz, history_rot)
-    return action, v0, model.action_space.to_path(action, v0.expand(action.shape[0]), history_xyz[-1, 2])
+    return action, model.action_space.to_path(action, initial_speed.expand(action.shape[0]), z)

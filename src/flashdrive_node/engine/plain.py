@@ -1,0 +1,301 @@
+"""The plain engine: every window from scratch, one token at a time, every flow step evaluated.
+
+This is the model's own computation with nothing approximated: the baseline that faster engines are compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashdrive_node.engine.protocol import (
+    CameraFrames,
+    EngineError,
+    EngineInfo,
+    Observation,
+    Prediction,
+    Progress,
+    TrajectorySample,
+)
+from flashdrive_node.engine.stage_timer import StageTimer
+from flashdrive_node.model import inference
+from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.errors import InputError, ModelError
+from flashdrive_node.model.history_tokens import encode_history
+from flashdrive_node.model.images import preprocess
+from flashdrive_node.model.inference import Context, Generated, StopRule
+from flashdrive_node.model.kv_cache import KVCache
+from flashdrive_node.model.loading import DTYPES, LoadedModel, load_alpamayo
+from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, without_navigation
+from flashdrive_node.model.sampling import SamplingSettings
+from flashdrive_node.model.tokenizer import extract_text
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """Deployment settings; the architecture comes with the checkpoint."""
+
+    #: Local directory or Hugging Face id.
+    checkpoint: str
+    revision: str | None = None
+    allow_download: bool = False
+    #: Fine-tuned expert to put over the checkpoint's.
+    overlay: Path | None = None
+    #: "auto" takes a GPU where there is one.
+    device: str = "auto"
+    #: "auto" is bfloat16 on a GPU and float32 on the CPU.
+    precision: str = "auto"
+    samples: int = 1
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    #: Scale of the flow's starting noise.
+    noise_temperature: float = 1.0
+    #: Flow steps; None takes the checkpoint's number.
+    flow_steps: int | None = None
+    #: Weight of navigation guidance; 1 is off, and costs nothing.
+    guidance_weight: float = 1.0
+    #: Window k of a stream draws with seed + k, so a replay repeats itself.
+    seed: int = 0
+    #: What the warm-up window looks like: camera indices, frames of each, height and width in pixels.
+    cameras: tuple[int, ...] = (0, 1, 2, 6)
+    frames: int = 4
+    image_size: tuple[int, int] = (1080, 1920)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, found {self.samples}")
+        if self.precision not in ("auto", *DTYPES):
+            raise InputError(f"precision must be one of {['auto', *DTYPES]}, found {self.precision!r}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that "auto" stands for."""
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that "auto" stands for."""
+        if self.precision == "auto":
+            return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+        return DTYPES[self.precision]
+
+
+class PlainEngine:
+    """Engine protocol over the plain inference stages."""
+
+    def __init__(self, settings: PlainSettings, loaded: LoadedModel | None = None):
+        """`loaded` is a model to use in place of the settings' checkpoint."""
+        self.settings = settings
+        self.loaded = loaded
+        self.cache: KVCache | None = None
+        self.windows = 0
+        #: Tokens to take in place of the drawn ones, [samples, steps]: benchmarks fix the text's length with it.
+        self.script: Tensor | None = None
+        self._layout: tuple[Prompt, Tensor, Tensor] | None = None
+
+    def load(self, progress: Progress | None = None) -> EngineInfo:
+        """Read the checkpoint onto the device."""
+        s = self.settings
+        try:
+            if self.loaded is None:
+                self.loaded = load_alpamayo(
+                    s.checkpoint,
+                    s.torch_device,
+                    s.dtype,
+                    revision=s.revision,
+                    allow_download=s.allow_download,
+                    overlay=s.overlay,
+                    progress=progress,
+                )
+        except (ModelError, OSError, RuntimeError) as error:
+            raise EngineError(f"checkpoint {s.checkpoint} cannot be loaded: {error}") from error
+        config, info = self.loaded.model.config, self.loaded.info
+        return EngineInfo(
+            name=f"plain {config.model_type}",
+            checkpoint=f"{info.path}" + (f" at {info.revision}" if info.revision else ""),
+            sha256=info.sha256,
+            device=str(self.loaded.model.device),
+            precision=str(self.loaded.model.dtype).removeprefix("torch."),
+            history_poses=config.history_poses,
+            waypoints=config.action_space.n_waypoints,
+            waypoint_dt_s=config.action_space.dt,
+        )
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """One grey window at walking pace through every stage."""
+        s, model = self.settings, self._model()
+        picture = np.full((*s.image_size, 3), 127, np.uint8)
+        poses = model.config.history_poses
+        xyz = np.zeros((poses, 3), np.float32)
+        xyz[:, 0] = np.arange(1 - poses, 1) * model.config.action_space.dt
+        nav = "Continue straight" if model.config.supports_navigation and s.guidance_weight != 1 else None
+        observation = Observation(
+            window_id=-1,
+            t0_ns=0,
+            cameras=tuple(_still(camera, s.frames, picture) for camera in s.cameras),
+            ego_history_xyz=xyz,
+            ego_history_rot=np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1)),
+            nav_text=nav,
+        )
+        if progress:
+            progress(0.0, "warming up")
+        self.step(observation)
+        self.windows = 0
+        if progress:
+            progress(1.0, "warm")
+
+    @torch.inference_mode()
+    def step(self, observation: Observation) -> Prediction:
+        """Answer one observation, independent of earlier ones."""
+        try:
+            return self._step(observation)
+        except ModelError as error:
+            raise EngineError(f"window {observation.window_id}: {error}") from error
+
+    def reset(self, reason: str) -> None:
+        """Start the sequence of random seeds again; nothing else is carried from window to window."""
+        self.windows = 0
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        self.loaded = self.cache = self._layout = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _model(self) -> Alpamayo:
+        if self.loaded is None:
+            raise EngineError("the engine is not loaded; call load first")
+        return self.loaded.model
+
+    def _step(self, observation: Observation) -> Prediction:
+        s, model = self.settings, self._model()
+        assert self.loaded is not None
+        device, tokenizer = model.device, self.loaded.tokenizer
+        generator = torch.Generator(device).manual_seed(s.seed + self.windows)
+        self.windows += 1
+        timer = StageTimer(device)
+
+        pixels, grids = preprocess([c.images for c in observation.cameras], model.config, device, model.dtype)
+        timer.lap("images")
+        prompt, positions, image_index = self._layout_of(observation, grids)
+        history_xyz = torch.from_numpy(observation.ego_history_xyz)
+        history_rot = torch.from_numpy(observation.ego_history_rot)
+        prompt = fuse_history(prompt, encode_history(history_xyz, history_rot, model.config))
+        features = model.vision(pixels, grids)
+        timer.lap("encode")
+
+        cache = self._cache_for(len(prompt.ids))
+        ids = prompt.ids.to(device, non_blocking=True)
+        context, logits = inference.prefill(model, ids, positions, prompt.rope_delta, cache, features, image_index)
+        timer.lap("prefill")
+        tokens = model.config.tokens
+        rule = StopRule(
+            stop=tokens.future_start,
+            end_of_turn=tokenizer.id("im_end"),
+            pad=tokenizer.id("endoftext"),
+            forbidden=(tokens.traj_token_start, tokens.traj_vocab_size),
+        )
+        text = inference.decode(model, context, logits, s.samples, s.sampling, rule, generator, self.script)
+        timer.lap("decode")
+
+        velocity = inference.velocity_field(model, context, text)
+        without = None
+        if s.guidance_weight != 1 and prompt.nav_span is not None:
+            second = self._without_navigation(prompt, context, text)
+            without = inference.velocity_field(model, second, text)
+            timer.lap("guidance")
+        noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
+        # A 16 x 16 system: on the host it is done while the device works, on a GPU it would wait for the device.
+        v0 = model.action_space.initial_speed(history_xyz, history_rot)
+        _, path = inference.act(
+            model,
+            velocity,
+            noise,
+            v0.to(device, non_blocking=True),
+            float(history_xyz[-1, 2]),
+            s.flow_steps,
+            without,
+            s.guidance_weight,
+        )
+        timer.lap("action")
+        numbers = torch.cat(
+            (path.xyz, *(t[..., None] for t in (path.yaw, path.speed, path.acceleration, path.curvature))), dim=-1
+        ).cpu()  # one copy to the host, which waits for the device
+        samples = tuple(
+            _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped)
+            for row, ids, stopped in zip(numbers, text.rows(), text.stopped, strict=True)
+        )
+        return Prediction(
+            window_id=observation.window_id,
+            t0_ns=observation.t0_ns,
+            samples=samples,
+            chosen=_medoid(numbers[..., :2]),
+            initial_speed=float(v0),
+            timings_ms=timer.finish(),
+            metrics={"tokens": float(max(text.lengths)), "prompt_tokens": float(context.prefix)},
+        )
+
+    def _layout_of(self, observation: Observation, grids: list[tuple[int, int]]) -> tuple[Prompt, Tensor, Tensor]:
+        """The prompt without history, and its positions and image index on the device, kept from window to window."""
+        assert self.loaded is not None
+        model = self.loaded.model
+        prompt = driving_prompt(
+            self.loaded.tokenizer,
+            model.config,
+            [camera.camera_index for camera in observation.cameras],
+            len(observation.cameras[0].images) if observation.cameras else 0,
+            grids,
+            observation.nav_text,
+        )
+        if self._layout is None or self._layout[0] is not prompt:
+            self._layout = (prompt, prompt.positions.to(model.device), prompt.image_index.to(model.device))
+        return self._layout
+
+    def _cache_for(self, prompt: int) -> KVCache:
+        """The one cache, made larger where a prompt needs it."""
+        s, model = self.settings, self._model()
+        needed = prompt + s.samples * (s.sampling.max_length + model.config.action_space.n_waypoints)
+        if self.cache is None or self.cache.slots < needed:
+            self.cache = None  # freed before the larger one is allocated
+            self.cache = inference.new_cache(model, prompt, s.samples, s.sampling.max_length)
+        return self.cache
+
+    def _without_navigation(self, prompt: Prompt, context: Context, text: Generated) -> Context:
+        model = self._model()
+        bare = without_navigation(prompt)
+        assert prompt.nav_span is not None
+        second, _ = inference.prefill_without_navigation(
+            model,
+            context,
+            bare.ids.to(model.device),
+            bare.positions.to(model.device),
+            bare.rope_delta,
+            prompt.nav_span[0],
+            self.settings.samples,
+        )
+        inference.repeat_text(model, second, text)
+        return second
+
+
+def _still(camera: int, frames: int, picture: np.ndarray) -> CameraFrames:
+    return CameraFrames(camera, tuple(range(frames)), (picture,) * frames)
+
+
+def _sample(numbers: np.ndarray, reasoning: str, complete: bool) -> TrajectorySample:
+    xyz, yaw, speed, acceleration, curvature = np.split(numbers, (3, 4, 5, 6), axis=-1)
+    return TrajectorySample(xyz, yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0], reasoning, complete)
+
+
+def _medoid(points: Tensor) -> int:
+    """The sample nearest to all others on average, which is the one to drive: [samples, waypoints, 2] -> index.
+
+    A sample that is not finite is never nearest.
+    """
+    distance = (points[:, None] - points[None]).norm(dim=-1).mean(dim=-1)  # [samples, samples]
+    finite = points.isfinite().flatten(1).all(dim=1)
+    return int(distance[:, finite].mean(dim=1).nan_to_num(nan=math.inf).argmin())
