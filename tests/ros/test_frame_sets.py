@@ -7,7 +7,7 @@ import time
 import pytest
 
 from support.frame_sets import missed_windows, window_of, wrong_frames
-from support.node_process import NodeProcess
+from support.node_process import PAINTED_PROBE, NodeProcess
 from support.observer import Observer
 from support.vehicle import Camera, Vehicle, write_rig
 
@@ -28,11 +28,12 @@ def test_every_window_holds_the_right_frames(bench, tmp_path, rate_hz):
     parameters = {
         "engine": "fake",
         "fake.latency_s": 0.02,
+        "fake.probe": PAINTED_PROBE,
         "rig": write_rig(tmp_path, cameras),
         "auto_activate": True,
         "publish_markers": False,
     }
-    with NodeProcess(bench, tmp_path, parameters, probed=True) as node:
+    with NodeProcess(bench, tmp_path, parameters) as node:
         observer = Observer(bench, node, topics=("output/record",))
         with Vehicle(bench, node.full_name, cameras, seed=int(rate_hz)):
             observer.wait_count(1, "output/record", timeout_s=30.0)

@@ -101,7 +101,7 @@ def _late(frame: Delivered, camera: Camera) -> bool:
 
 
 def window_of(record: Mapping[str, Any], cameras: Mapping[str, Camera]) -> Window:
-    """Read a record of ``~/output/record`` with the metrics of ``support.probed_node``."""
+    """Read a record of ``~/output/record`` with the metrics of ``support.painted_probe``."""
     metrics = record["metrics"]
     seen = {
         name: tuple(int(metrics[f"camera_{camera.index}_frame_{i}"]) for i in range(FRAMES))

@@ -24,8 +24,8 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-#: Started instead of the installed executable where a test wants an engine that reads painted frames.
-PROBED_NODE = Path(__file__).with_name("probed_node.py")
+#: Value of the parameter ``fake.probe`` with which records say which painted frames the engine saw.
+PAINTED_PROBE = "support.painted_probe:painted_metrics"
 
 TRANSITIONS = {
     "configure": Transition.TRANSITION_CONFIGURE,
@@ -112,7 +112,6 @@ class NodeProcess:
         parameters: Mapping[str, object],
         remappings: Sequence[tuple[str, str]] = (),
         namespace: str = "/",
-        probed: bool = False,
         name: str = "flashdrive_node",
         extra_arguments: Sequence[str] = (),
     ):
@@ -121,20 +120,21 @@ class NodeProcess:
         self.full_name = f"{namespace.rstrip('/')}/{name}"
         self.log = folder / f"{self.full_name.strip('/').replace('/', '.')}.log"
         self.process: subprocess.Popen[bytes] | None = None
-        executable = [sys.executable, str(PROBED_NODE)] if probed else [str(Path(sys.executable).with_name(name))]
+        executable = str(Path(sys.executable).with_name("flashdrive_node"))
         arguments = ["--ros-args", "-r", f"__ns:={namespace}", "--log-level", "info"]
         for key, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             arguments += ["-p", f"{key}:={text}"]
         for old, new in remappings:
             arguments += ["-r", f"{old}:={new}"]
-        self.command = [*executable, *arguments, *extra_arguments]
+        self.command = [executable, *arguments, *extra_arguments]
         self.environment = os.environ | {
             "ROS_DOMAIN_ID": str(bench.domain_id),
             "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
             "ROS_LOG_DIR": str(folder / "ros_log"),
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             "RCUTILS_LOGGING_USE_STDOUT": "1",
         }
 

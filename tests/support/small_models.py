@@ -109,7 +109,7 @@ def random_model(config: AlpamayoConfig, seed: int, dtype: torch.dtype = torch.f
         random = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
             random = random * parameter.shape[-1] ** -0.5
-        elif name.endswith("norm.weight") or ".norm" in name and name.endswith("weight"):
+        elif name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
             random = 1 + 0.2 * random
         else:
             random = 0.1 * random

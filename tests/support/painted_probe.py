@@ -1,4 +1,4 @@
-"""The node with a fake engine that reads the painted frames, so that a test learns which pictures the engine saw."""
+"""Probe of the fake engine that reads the painted frames, so that a test learns which pictures the engine saw."""
 
 from __future__ import annotations
 
