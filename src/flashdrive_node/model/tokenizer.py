@@ -10,6 +10,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -105,11 +106,6 @@ class AlpamayoTokenizer:
     names: Mapping[str, int]
     #: Ids of everything that is matched as a whole in text: special tokens, trajectory bins, tool and think tags.
     added_ids: frozenset[int]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def id(self, name: str) -> int:
         """Id of the special token ``<|name|>``.
@@ -209,7 +205,7 @@ def extend_vocabulary(backend: Tokenizer, config: AlpamayoConfig, where: str) ->
     for text, (key, want) in expected.items():
         if want is not None and added.get(text) != want:
             problems.append(f"token {text!r} must have id {want} (config {key}), found {added.get(text)}")
-    size = backend.get_vocab_size(with_added_tokens=True)
+    size = max(added.values()) + 1  # not the number of tokens: the subset for benchmarks has gaps
     if size != tokens.vocab_size:
         problems.append(f"vocabulary must have {tokens.vocab_size} tokens (config vocab_size), found {size}")
     if problems:
@@ -240,6 +236,19 @@ def load_tokenizer(directory: str | Path, config: AlpamayoConfig) -> AlpamayoTok
     backend.no_truncation()
     backend.no_padding()
     return extend_vocabulary(backend, config, str(where))
+
+
+def prompt_subset_tokenizer(config: AlpamayoConfig) -> AlpamayoTokenizer:
+    """The part of the Qwen vocabulary that prompts need, at its real ids, for runs without a checkpoint's files.
+
+    Fixed prompt texts and common instructions get the ids of the whole vocabulary; other text falls back to bytes.
+
+    Raises:
+        ConfigError: The configuration is not for the Qwen vocabulary.
+    """
+    resource = files("flashdrive_node.model") / "data" / "qwen_prompt_vocab.json"
+    backend = Tokenizer.from_str(resource.read_text(encoding="utf-8"))
+    return extend_vocabulary(backend, config, resource.name)
 
 
 def _from_vocab_and_merges(directory: Path) -> Tokenizer:
