@@ -51,7 +51,7 @@ def declare_parameters(node: Node) -> Parameters:
     Raises:
         ParameterError: Lists every value that cannot be used.
     """
-    given = {name: node.get_parameter(name).value for name in node.list_parameters([], 0).result.names}
+    given = {name: node.get_parameter(name).value for name in node.list_parameters([], 0).names}
     for name in given:
         if name not in SPECS and not name.startswith(_FOREIGN):
             close = difflib.get_close_matches(name, SPECS, 1)

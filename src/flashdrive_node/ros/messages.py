@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from std_msgs.msg import Header
 from trajectory_msgs.msg import MultiDOFJointTrajectory, MultiDOFJointTrajectoryPoint
 
-from flashdrive_node.engine.protocol import CameraFrames, EngineInfo, Prediction, TrajectorySample
+from flashdrive_node.engine.protocol import EngineInfo, Prediction, TrajectorySample
 from flashdrive_node.runtime.observation import OdometrySample
+from flashdrive_node.runtime.pipeline import Delivery
 
 #: Spacing of the waypoints, seconds (the first one is at t0 + this).
 WAYPOINT_DT_S = 0.1
@@ -161,25 +162,26 @@ def _yaw_rate(sample: TrajectorySample) -> list[float]:
 
 
 def record_json(
+    delivery: Delivery,
     prediction: Prediction,
-    cameras: Sequence[CameraFrames],
-    names: Sequence[str],
     frame_id: str,
-    nav_text: str | None,
     engine: EngineInfo | None,
     published_ns: int,
     timings_ms: dict[str, float],
 ) -> str:
     """One window as JSON: what ties text, trajectory, timings, window and frames together.
 
+    Standard messages carry it, so that it can be recorded and read everywhere without building an interface package.
+
     Keys: ``version`` (int); ``window_id``; ``t0_ns`` and ``published_ns`` (ROS clock); ``frame_id`` of the messages;
-    ``cameras``: list of ``name``, ``index``, ``stamps_ns`` (oldest first); ``nav_text`` or null; ``chosen`` (index into
-    ``samples``); ``samples``: list of ``end_m`` [x, y, z], ``end_yaw_rad``, ``end_speed_m_s``, ``reasoning``,
-    ``reasoning_complete``; ``trajectory``: the chosen sample as lists of 64 (``xyz_m`` [64][3], ``yaw_rad``,
-    ``speed_m_s``, ``acceleration_m_s2``, ``curvature_1_m``) in the vehicle frame at t0 whatever ``frame_id`` is;
-    ``initial_speed_m_s``; ``reasoning`` and ``reasoning_complete`` of the chosen sample; ``timings_ms`` by stage;
-    ``metrics`` of the engine; ``engine``: ``name``, ``checkpoint``, ``sha256``, ``device``, ``precision`` and further
-    fields of EngineInfo, or null.
+    ``frame_stamps_ns``: camera name to the stamps of its frames, oldest first; ``camera_indices``: camera name to
+    index in the model; ``nav_text`` or null; ``chosen`` (index into ``samples``); ``samples``: list of ``end_m``
+    [x, y, z], ``end_yaw_rad``, ``end_speed_m_s``, ``reasoning``, ``reasoning_complete``; ``trajectory``: the chosen
+    sample as lists of 64 (``xyz_m`` [64][3], ``yaw_rad``, ``speed_m_s``, ``acceleration_m_s2``, ``curvature_1_m``) in
+    the vehicle frame at t0 whatever ``frame_id`` is; ``pose_at_t0``: ``frame_id``, ``position_m`` and
+    ``orientation_xyzw`` of the vehicle by the odometry; ``initial_speed_m_s``; ``reasoning`` and
+    ``reasoning_complete`` of the chosen sample; ``timings_ms`` by stage; ``metrics`` of the engine; ``engine``: the
+    fields of EngineInfo (``name``, ``checkpoint``, ``sha256``, ...), or null.
     """
     chosen = prediction.trajectory
     document = {
@@ -188,11 +190,12 @@ def record_json(
         "t0_ns": prediction.t0_ns,
         "published_ns": published_ns,
         "frame_id": frame_id,
-        "cameras": [
-            {"name": name, "index": camera.camera_index, "stamps_ns": list(camera.stamps_ns)}
-            for name, camera in zip(names, cameras, strict=True)
-        ],
-        "nav_text": nav_text,
+        "frame_stamps_ns": {name: list(stamps) for name, stamps in delivery.stamps_ns.items()},
+        "camera_indices": {
+            name: camera.camera_index
+            for name, camera in zip(delivery.stamps_ns, delivery.observation.cameras, strict=True)
+        },
+        "nav_text": delivery.observation.nav_text,
         "chosen": prediction.chosen,
         "samples": [
             {
@@ -211,6 +214,11 @@ def record_json(
             "acceleration_m_s2": _rounded(chosen.acceleration),
             "curvature_1_m": _rounded(chosen.curvature, 6),
         },
+        "pose_at_t0": {
+            "frame_id": delivery.ego.frame_id,
+            "position_m": _rounded(delivery.ego.position),
+            "orientation_xyzw": _rounded(delivery.ego.orientation_xyzw, 7),
+        },
         "initial_speed_m_s": round(prediction.initial_speed, 4),
         "reasoning": chosen.reasoning,
         "reasoning_complete": chosen.reasoning_complete,
@@ -221,6 +229,6 @@ def record_json(
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def _rounded(values: NDArray[np.float32], decimals: int = 4) -> Any:
+def _rounded(values: NDArray[np.floating[Any]], decimals: int = 4) -> Any:
     # float32 to decimal text would print 17 digits; millimetres and tenths of milliradians are enough.
     return np.round(values.astype(np.float64), decimals).tolist()

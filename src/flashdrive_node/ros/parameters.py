@@ -113,7 +113,9 @@ class Parameters:
     revision: str = _parameter("", "Revision of the Hugging Face id; empty takes the cached default")
     allow_download: bool = _parameter(False, "Fetch a checkpoint that is not in the local cache")
     device: str = _parameter("auto", "PyTorch device: auto (GPU where there is one), cpu, cuda or cuda:N")
-    precision: str = _parameter("bfloat16", "Arithmetic of the networks", choices=("bfloat16", "float32"))
+    precision: str = _parameter(
+        "auto", "Arithmetic of the networks; auto is bfloat16 on a GPU", choices=("auto", "bfloat16", "float32")
+    )
     num_samples: int = _parameter(1, "Trajectories drawn per window", span=(1, 64))
     temperature: float = _parameter(0.6, "Sampling temperature of the reasoning; 0 is greedy", span=(0.0, 2.0))
     top_p: float = _parameter(0.98, "Nucleus of the sampling", span=(0.01, 1.0))
@@ -175,6 +177,12 @@ class Parameters:
     )
     fake_load_s: float = _parameter(
         0.0, "Time that the fake engine takes to load", span=(0.0, 600.0), unit="s", name="fake.load_s"
+    )
+    fake_probe: str = _parameter(
+        "",
+        "Function (package.module:function) that turns an observation into metrics of the record",
+        AT_START,
+        name="fake.probe",
     )
     fake_fault: str = _parameter(
         "none", "Fault that the fake engine shows from now on", ANY_TIME, choices=FAKE_FAULTS, name="fake.fault"
@@ -262,7 +270,7 @@ def parameters_yaml() -> str:
     lines = [
         "# Every parameter of the node with its default. Ranges are part of the node: a bad value is refused with the",
         '# reason. "at start" is read-only afterwards, "at configure" needs `cleanup` first, "any time" acts on the',
-        "# next window. QoS of a topic: qos_overrides.<resolved topic>.<subscription|publisher>.<reliability|depth|...>.",
+        "# next window. QoS of a topic: qos_overrides.<resolved topic>.<subscription|publisher>.<reliability|...>.",
         "/**:",
         "  ros__parameters:",
     ]

@@ -20,6 +20,8 @@ class Delivery:
     #: What the engine saw; drop the delivery soon, its images are large.
     observation: Observation
     ego: EgoWindow
+    #: ``Pipeline.epoch`` when the window was chosen: another one now means that a reset came in between.
+    epoch: int
     #: Stamps that were used, by camera name, oldest first.
     stamps_ns: dict[str, tuple[int, ...]]
     #: Why there is no prediction, for every kind but "result".

@@ -97,6 +97,11 @@ class Pipeline:
         # Taken before the locks of the parts and never while one of them is held.
         self._lock = RLock()
 
+    @property
+    def epoch(self) -> int:
+        """Counts resets of the stream: a delivery of another epoch is out of date, even if it was on its way before."""
+        return self._epoch
+
     def start(self) -> None:
         """Load and warm the engine up in its thread; returns at once."""
         self.worker.start()
@@ -343,6 +348,7 @@ class Pipeline:
                 prediction=outcome.prediction,
                 observation=observation,
                 ego=claim.ego,
+                epoch=claim.epoch,
                 stamps_ns={camera.name: camera.stamps_ns for camera in window.cameras},
                 text=outcome.text,
                 received_ns=window.received_ns,
