@@ -95,7 +95,7 @@ class Observer:
     def _diagnose(self, message: DiagnosticArray) -> None:
         with self._changed:
             for status in message.status:
-                if self.node.full_name.strip("/") in status.name or self.node.full_name == status.hardware_id:
+                if status.name.startswith(self.node.full_name.strip("/") + ":"):
                     values = {pair.key: pair.value for pair in status.values}
                     self.statuses.append(
                         Status(status.name, _LEVELS[status.level], status.message, values, time.monotonic())
@@ -107,6 +107,7 @@ class Observer:
 
         Raises:
             TimeoutError: Says what was waited for, the last diagnostics and the end of the node's log.
+            RuntimeError: The same, where the node is no longer there.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -114,7 +115,9 @@ class Observer:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"waited {timeout_s:g} s for {what}\n{self.report()}")
-                self._changed.wait(left_s)
+                if not self.node.running():
+                    raise RuntimeError(f"the node ended while waiting for {what}\n{self.report()}")
+                self._changed.wait(min(left_s, 0.5))
         return value
 
     def report(self) -> str:
