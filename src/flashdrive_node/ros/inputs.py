@@ -86,14 +86,3 @@ class Inputs:
 
     def _on_camera_info(self, camera: CameraSpec, message: CameraInfo) -> None:
         self.camera_info[camera.index] = (message.width, message.height)
-
-
-def navigation_problem(text: str, max_length: int) -> str | None:
-    """Why a navigation text is not given to the model, or None. It is untrusted input of a language model."""
-    if len(text) > max_length:
-        return f"navigation text refused: at most {max_length} characters, found {len(text)}"
-    if "<|" in text or "|>" in text:
-        return "navigation text refused: it holds special tokens (<|...|>)"
-    if not text.isprintable():
-        return "navigation text refused: it holds characters that are not printable"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
 
 from flashdrive_node import __version__
+from flashdrive_node.ros.log import forward_logs
 from flashdrive_node.ros.node import FlashdriveNode
 from flashdrive_node.ros.parameters import ParameterError
 from flashdrive_node.runtime.rig import RigError
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("flashdrive_node cannot start:", *error.problems, sep="\n  - ", file=sys.stderr)
         rclpy.try_shutdown()
         return 2
+    logs = forward_logs(node.get_logger())
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pass
     finally:
         node.close()
+        logging.getLogger("flashdrive_node").removeHandler(logs)
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()

@@ -42,8 +42,9 @@ from flashdrive_node.ros.diagnostics import (
     odometry_status,
 )
 from flashdrive_node.ros.engines import EngineChoice, adjust_fake, choose_engine
-from flashdrive_node.ros.inputs import Inputs, navigation_problem
+from flashdrive_node.ros.inputs import Inputs
 from flashdrive_node.ros.messages import OutputFrame
+from flashdrive_node.ros.navigation import Navigation
 from flashdrive_node.ros.outputs import Outputs
 from flashdrive_node.ros.parameters import ParameterError, Parameters, parameters_from
 from flashdrive_node.runtime.checks import CheckRule, Violation, check_prediction
@@ -85,9 +86,7 @@ class FlashdriveNode(LifecycleNode):
         self._timings = StageTimings()
         self._deliveries: deque[Delivery] = deque()
         self._resets_seen = 0
-        self._nav_text: str | None = None
-        self._nav_problem = ""
-        self._nav_received_ns = 0
+        self._navigation = Navigation()
         self._reported: list[DiagnosticStatus] = []
         self._reported_s = 0.0
         self._windows_reported = (0, 0)
@@ -183,7 +182,7 @@ class FlashdriveNode(LifecycleNode):
             self._outputs.destroy()
         self._inputs, self._outputs, self._engine, self._announced = None, None, None, None
         self._deliveries.clear()
-        self._set_navigation(None)
+        self._navigation = Navigation()
         self._state = NodeState("unconfigured")
 
     def _stop(self) -> None:
@@ -289,25 +288,15 @@ class FlashdriveNode(LifecycleNode):
     # Inputs and services
 
     def _on_navigation(self, text: str) -> None:
-        text = text.strip()
-        problem = navigation_problem(text, self._values.navigation_max_length)
-        if problem is not None:
-            self._nav_problem = problem
-            self.get_logger().warning(problem, throttle_duration_sec=5.0)
-            return
-        self._set_navigation(text or None)
+        now_ns = self.get_clock().now().nanoseconds
+        if self._navigation.receive(text, now_ns, self._values.navigation_max_length):
+            self._apply_navigation()
+        else:
+            self.get_logger().warning(self._navigation.problem, throttle_duration_sec=5.0)
 
-    def _set_navigation(self, text: str | None, problem: str = "") -> None:
-        self._nav_text, self._nav_problem = text, problem
-        self._nav_received_ns = self.get_clock().now().nanoseconds
+    def _apply_navigation(self) -> None:
         if self._pipeline is not None:
-            self._pipeline.set_navigation(text)
-
-    def _expire_navigation(self) -> None:
-        timeout_s = self._values.navigation_timeout_s
-        age_s = (self.get_clock().now().nanoseconds - self._nav_received_ns) / 1e9
-        if self._nav_text is not None and timeout_s > 0 and age_s > timeout_s:
-            self._set_navigation(None, f"navigation text dropped: {timeout_s:g} s old")
+            self._pipeline.set_navigation(self._navigation.text)
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._pipeline is None:
@@ -350,7 +339,9 @@ class FlashdriveNode(LifecycleNode):
     # Diagnostics
 
     def _watch(self) -> None:
-        self._expire_navigation()
+        if self._navigation.expire(self.get_clock().now().nanoseconds, self._values.navigation_timeout_s):
+            self.get_logger().warning(self._navigation.problem)
+            self._apply_navigation()
         self._note_resets()
         now_s = time.monotonic()
         pipeline = self._pipeline.status() if self._pipeline is not None else None
@@ -374,7 +365,7 @@ class FlashdriveNode(LifecycleNode):
                 for camera in pipeline.cameras
             ]
             statuses.append(odometry_status(pipeline, active))
-            statuses.append(navigation_status(self._nav_text, self._nav_problem))
+            statuses.append(navigation_status(self._navigation.text, self._navigation.problem))
         worker = pipeline.worker if pipeline is not None else None
         statuses.append(engine_status(worker, self._superseded, self._timings.statistics()))
         for status in statuses:
