@@ -80,7 +80,9 @@ class Drive:
         rng = np.random.default_rng(self.seed)
         time = np.arange(0.0, self.seconds + 1.0, 0.005)
         phase = rng.uniform(0.0, 2 * np.pi, 3)
-        speed = 11.5 + 2.2 * np.sin(2 * np.pi * time / 9.0 + phase[0]) + 0.8 * np.sin(2 * np.pi * time / 4.3 + phase[1])
+        speed = (
+            11.5 + 2.0 * np.sin(2 * np.pi * time / 14.0 + phase[0]) + 0.3 * np.sin(2 * np.pi * time / 5.0 + phase[1])
+        )
         arc = np.concatenate([[0.0], np.cumsum((speed[1:] + speed[:-1]) / 2 * np.diff(time))])
         grid = np.arange(-_BEHIND_M - 20.0, arc[-1] + _AHEAD_M + 20.0, 0.25)
         curvature = 0.011 * np.sin(2 * np.pi * grid / 150.0 + phase[2]) + 0.004 * np.sin(2 * np.pi * grid / 67.0)

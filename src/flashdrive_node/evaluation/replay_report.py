@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ FAKE_ENGINE = (
     "The engine of this run is the stand-in without a model: it continues the measured speed and yaw rate of the ego "
     "history and looks at no image. Everything around it is the real thing."
 )
+#: Ends of a window that are no result.
+_NOT_COMPUTED = ("superseded", "discarded", "failed", "closed")
 _LEVELS = ("OK", "WARN", "ERROR", "STALE")
 
 
@@ -71,9 +72,9 @@ class ReplayReport:
     conditions: dict[str, Any] = field(default_factory=dict)
     played: dict[str, Any] = field(default_factory=dict)
     published: int = 0
-    #: Values of the last diagnostics: counters by part of the node, as the node names them.
+    #: Values of the last diagnostics by part of the node, as the node names them.
     counters: dict[str, dict[str, str]] = field(default_factory=dict)
-    #: Windows that were computed and not published, windows not computed, resets: by cause, from the counters.
+    #: Windows that were computed and not published, windows without a result, resets: by cause.
     withheld: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     resets: dict[str, int] = field(default_factory=dict)
@@ -193,7 +194,7 @@ def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any
     report.problem = problem
     if outputs is None:
         return report
-    data = read_outputs(outputs)
+    data, driven = read_outputs(outputs), read_driven_path(bag, rig)
     report.published = len(data.records)
     if data.records:
         report.engine = data.records[-1].get("engine") or {}
@@ -204,13 +205,13 @@ def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any
             report.latency_ms[stage] = Percentiles.of(
                 [r["timings_ms"][stage] for r in data.records if stage in r["timings_ms"]]
             )
-        report.distance_to_driven_m = _distance_to_driven(data.records, read_driven_path(bag, rig))
+        report.distance_to_driven_m = _distance_to_driven(data.records, driven)
     name = str(report.engine.get("name", ""))
     if name.startswith("fake"):
         report.notes.append(FAKE_ENGINE)
     if "random" in str(report.engine.get("checkpoint", "")):
         report.notes.append(RANDOM_WEIGHTS)
-    _read_statuses(report, data)
+    _read_statuses(report, data, (int(driven.stamps_ns[0]), int(driven.stamps_ns[-1])))
     return report
 
 
@@ -228,34 +229,34 @@ def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict
     return found
 
 
-def _read_statuses(report: ReplayReport, data: Outputs) -> None:
-    start = data.statuses[0][0] if data.statuses else 0
-    last: dict[str, tuple[int, str]] = {}
+def _read_statuses(report: ReplayReport, data: Outputs, span_ns: tuple[int, int]) -> None:
+    start, end = span_ns
+    last: dict[str, int] = {}
     for stamp, part, level, text, values in data.statuses:
         report.counters[part] = values
-        if part not in last or last[part][0] != level:
+        # Before and after the recording the inputs are silent, and the node rightly says so.
+        if start < stamp <= end and last.get(part) != level:
             name = _LEVELS[level] if level < len(_LEVELS) else str(level)
             report.changes.append(StatusChange(round((stamp - start) / 1e9, 3), part, name, text))
-        last[part] = (level, text)
+            last[part] = level
     for part, values in report.counters.items():
-        groups: dict[str, Counter[str]] = {"withheld": Counter(), "dropped": Counter(), "resets": Counter()}
-        plain: Counter[str] = Counter()
-        for key, value in values.items():
-            if not value.lstrip("-").isdigit():
-                continue
-            group, _, cause = key.partition(".")
-            if cause and group in groups:
-                groups[group][cause] += int(value)
-            else:
-                plain[key] = int(value)
         if part.startswith("camera "):
-            frames = {key: plain[key] for key in ("received", "used") if key in plain}
-            report.frames[part.removeprefix("camera ")] = frames | dict(groups["dropped"])
-        else:
-            report.withheld.update(groups["withheld"])
-            report.resets.update(groups["resets"])
-            if part == "inference":
-                report.dropped.update(groups["dropped"])
+            frames = {key: int(values[key]) for key in ("received", "used", "held") if key in values}
+            report.frames[part.removeprefix("camera ")] = frames | _counts(values, "dropped_")
+    inference = report.counters.get("inference", {})
+    report.withheld = _counts(inference, "withheld_")
+    report.resets = _counts(inference, "reset_")
+    windows = _counts(inference, "windows_")
+    report.dropped = {kind: windows[kind] for kind in _NOT_COMPUTED if windows.get(kind)}
+
+
+def _counts(values: dict[str, str], prefix: str) -> dict[str, int]:
+    """The counters of one group, by what stands after the prefix."""
+    return {
+        key.removeprefix(prefix): int(value)
+        for key, value in values.items()
+        if key.startswith(prefix) and value.isdigit()
+    }
 
 
 def _conditions() -> dict[str, Any]:

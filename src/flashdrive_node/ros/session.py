@@ -31,6 +31,8 @@ from rclpy.qos import QoSProfile
 from flashdrive_node.ros.topics import NODE_NAME
 from flashdrive_node.runtime.rig import load_rig, rig_remappings, share_directory
 
+#: Gives publishers of images a shared-memory segment that holds a burst of all cameras.
+DDS_PROFILE = "fastdds_shared_memory.xml"
 _TAIL_LINES = 15
 
 
@@ -128,7 +130,7 @@ class Session:
         said = ""
         while True:
             engine = self.diagnostics.get("engine")
-            if engine is not None and engine.level == DiagnosticStatus.OK:
+            if engine is not None and {v.key: v.value for v in engine.values}.get("state") == "ready":
                 break
             if engine is not None and engine.message != said:
                 said = engine.message
@@ -221,9 +223,9 @@ def _environment(options: SessionOptions) -> dict[str, str]:
     environment["ROS_DOMAIN_ID"] = str(options.domain_id)
     environment["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     environment.setdefault("ROS_LOG_DIR", str(options.folder / "ros_log"))
-    environment.setdefault(
-        "FASTRTPS_DEFAULT_PROFILES_FILE", str(share_directory() / "params" / "fastdds_shared_memory.xml")
-    )
+    profile = share_directory() / "params" / DDS_PROFILE
+    if profile.exists():
+        environment.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
     return environment
 
 
