@@ -114,7 +114,8 @@ def random_tensor(
     tensor = torch.empty(slot.shape, device=device, dtype=dtype)
     if slot.name.endswith(".weight") and len(slot.shape) == 1:
         return tensor.fill_(1.0)
-    generator = torch.Generator(device).manual_seed((seed << 32) + zlib.crc32(slot.name.encode()))
+    # The CPU's generator takes only the lower 32 bits of a seed, so both go into a hash of that size.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
     tensor.normal_(0.0, 0.02, generator=generator)
     if slot.name == "action_in_proj.encoder.trunk.0.weight":
         frequencies = fourier_frequencies(config.action_in_proj)

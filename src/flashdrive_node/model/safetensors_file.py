@@ -76,14 +76,13 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             first = file.read(24)
             length = int.from_bytes(first[:8], "little")
-            for magic, what in _OTHER_FORMATS.items():
-                if first.startswith(magic):
-                    header.problems.append(f"{path.name}: not a safetensors file but {what}")
-                    return header
             if len(first) < 8 or length > min(header.file_bytes - 8, _MAX_HEADER_BYTES):
+                what = next((what for magic, what in _OTHER_FORMATS.items() if first.startswith(magic)), None)
                 header.problems.append(
-                    f"{path.name}: not a safetensors file, or truncated in its header: the header should be {length} "
-                    f"bytes long, the file has {header.file_bytes} bytes"
+                    f"{path.name}: not a safetensors file but {what}"
+                    if what
+                    else f"{path.name}: not a safetensors file, or truncated in its header: the header should be "
+                    f"{length} bytes long, the file has {header.file_bytes} bytes"
                 )
                 return header
             file.seek(8)
@@ -126,7 +125,7 @@ def _parse_entry(fields: Any, data_start: int) -> Entry | str:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return f"'dtype', 'shape' and 'data_offsets' are required, found {fields!r:.80}"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         return f"unknown dtype {dtype!r}"
     for values in (shape, offsets):
         if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.config import ALPAMAYO_1_5, ALPAMAYO_R1, AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError, ConfigError
 
 #: Files of the tokenizer and processor that a checkpoint or backbone may have.
@@ -127,16 +127,20 @@ def read_config(directory: Path, allow_download: bool = False, cache_dir: Path |
         CheckpointError: The backbone cannot be found.
     """
     model = _read_json(directory / "config.json")
+    problems = []
+    if model.get("model_type") not in (ALPAMAYO_1_5, ALPAMAYO_R1):
+        problems.append(
+            f"key 'model_type' must be {ALPAMAYO_1_5!r} or {ALPAMAYO_R1!r}, found {model.get('model_type')!r}"
+        )
     name = model.get("vlm_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ConfigError(
-            str(directory / "config.json"),
-            [
-                "key 'vlm_name_or_path' (a path relative to the checkpoint, or a Hugging Face id) is required, "
-                f"found {name!r}; 'model_type' is {model.get('model_type')!r}"
-            ],
+        problems.append(
+            "key 'vlm_name_or_path' (a path relative to the checkpoint, or a Hugging Face id) is required, "
+            f"found {name!r}"
         )
-    vlm = _read_json(backbone_directory(directory, name, allow_download, cache_dir) / "config.json")
+    if problems:
+        raise ConfigError(str(directory / "config.json"), problems)
+    vlm = _read_json(backbone_directory(directory, str(name), allow_download, cache_dir) / "config.json")
     return AlpamayoConfig.from_dicts(model, vlm, str(directory))
 
 
