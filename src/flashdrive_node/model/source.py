@@ -58,15 +58,16 @@ def _resolve(
     name: str, revision: str | None, allow_download: bool, cache_dir: Path | None, patterns: list[str]
 ) -> Path:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if revision is not None:
             raise CheckpointError(name, [f"revision {revision!r} needs a Hugging Face id, found a local directory"])
         return path
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(name, ["a checkpoint directory is required, found a file; give the directory it is in"])
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            name, ["no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"]
+            name or "checkpoint",
+            ["no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"],
         )
     from huggingface_hub import snapshot_download  # half a second to import
     from huggingface_hub.constants import HF_HUB_CACHE
