@@ -4,6 +4,7 @@
 """
 
 import base64
+import itertools
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -98,9 +99,7 @@ def merges_used(text: str) -> set[tuple[str, str]]:
     for word, _ in words.pre_tokenize_str(text):
         parts = list(word)
         while True:
-            pairs = [
-                (vocab[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in vocab
-            ]
+            pairs = [(vocab[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in vocab]
             if not pairs:
                 break
             _, i = min(pairs)
