@@ -51,9 +51,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 130
 
 
-@pytest.mark.parametrize(
-    ("config", "prompt"), [(alpamayo_1_5_10b(), 3086), (alpamayo_r1_10b(), 3006)], ids=["1.5", "R1"]
-)
+@pytest.mark.parametrize(("preset", "prompt"), [(alpamayo_1_5_10b, 3086), (alpamayo_r1_10b, 3006)])
 def test_published_figures(preset: Callable[[], AlpamayoConfig], prompt: int) -> None:
     config = preset()
     slots = release_slots(config)
