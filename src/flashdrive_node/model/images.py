@@ -201,6 +201,8 @@ def preprocess(
     """
     device = torch.device(device)
     vision = config.vision
+    if not cameras:
+        raise InputError("images: at least one camera is required, found none")
     rows: list[Tensor] = []
     grids: list[tuple[int, int]] = []
     for i, frames in enumerate(cameras):
