@@ -69,6 +69,20 @@ def test_arguments_and_exit_code_pass_through(command: SimpleNamespace) -> None:
     assert main(["try", "--number", "7"]) == 7
 
 
+def test_ros_arguments_go_to_the_node_only(
+    command: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("flashdrive_node.cli.node.run", lambda args: seen.append(args.ros_arguments) or 0)
+    ros = ["--ros-args", "-p", "engine:=fake", "--params-file", "x.yaml", "--", "--debug"]
+    assert main(["node", *ros]) == 0
+    assert main(["node"]) == 0
+    assert seen == [ros, []]
+    with pytest.raises(SystemExit):
+        main(["try", *ros])
+    assert "try takes no --ros-args" in capsys.readouterr().err
+
+
 def fail(error: BaseException) -> SimpleNamespace:
     def run(args: argparse.Namespace) -> int:
         raise error

@@ -1,7 +1,8 @@
 """The ``flashdrive`` command.
 
 A subcommand is a module with ``add_arguments(parser)`` and ``run(args) -> int``. Only the module of the chosen
-subcommand is imported, so what needs no ROS runs without it.
+subcommand is imported, so what needs no ROS runs without it. A module with an argument ``ros_arguments`` (a list) gets
+everything from ``--ros-args`` on in it.
 """
 
 from __future__ import annotations
@@ -108,7 +109,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             module = importlib.import_module(f"flashdrive_node.cli.{module_name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    return parser.parse_args(arguments)
+    # argparse would take what follows --ros-args, which has a syntax of its own, for options.
+    cut = arguments.index("--ros-args") if "--ros-args" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:cut])
+    if arguments[cut:]:
+        if not hasattr(args, "ros_arguments"):
+            parser.error(f"{chosen} takes no --ros-args")
+        args.ros_arguments = [*args.ros_arguments, *arguments[cut:]]
+    return args
 
 
 if __name__ == "__main__":
