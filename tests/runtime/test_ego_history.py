@@ -110,6 +110,17 @@ def test_constant_acceleration(rate: float, acceleration: float) -> None:
     assert window.extrapolated_s == 0
 
 
+def test_sign_of_the_quaternion_does_not_matter() -> None:
+    samples = [circle(k / 10, 10.0, 0.5) for k in range(31)]
+    flipped = [
+        replace(s, orientation_xyzw=tuple(-q for q in s.orientation_xyzw)) if k % 2 else s  # type: ignore[arg-type]
+        for k, s in enumerate(samples)
+    ]
+    plain, other = window_at(filled(samples), 2.53), window_at(filled(flipped), 2.53)
+    np.testing.assert_allclose(other.rot, plain.rot, atol=1e-6)
+    np.testing.assert_allclose(other.xyz, plain.xyz, atol=1e-5)
+
+
 def test_extrapolates_with_the_twist_only_as_far_as_allowed() -> None:
     samples = [circle(k / 50, 12.0, 0.4) for k in range(101)]
     assert refusal_at(filled(samples), 2.03).reason == "odometry_wait"

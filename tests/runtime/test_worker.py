@@ -169,6 +169,19 @@ def test_reset_discards_running_and_waiting(bench: Bench) -> None:
     assert prediction.metrics["stream_windows"] == 1
 
 
+def test_reset_between_taking_and_stepping(bench: Bench) -> None:
+    """The state callback comes after the observation left the queue and before the engine sees it."""
+    bench.step(1)
+    bench.wait(lambda: bench.states[-1] == "ready")
+    bench.worker._on_state = lambda state: bench.worker.reset("just now") if state == "busy" else None
+    outcome = bench.step(2)
+    assert (outcome.kind, outcome.started_ns) == ("discarded", 0)
+    bench.worker._on_state = None
+    bench.wait(lambda: bench.worker.status().state == "ready")
+    assert bench.step(3).kind == "result"
+    assert bench.engine.calls[2:] == ["step 1", "reset just now", "step 3"]
+
+
 def test_every_reset_reaches_the_engine_between_windows() -> None:
     """Resets from another thread at any moment: no window of before a reset is in a stream with one of after it."""
     bench = Bench().start()
