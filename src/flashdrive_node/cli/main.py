@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "show what a checkpoint is, what it needs in memory, and what is wrong with it"),
     "parity": ("parity", "compare this implementation with recordings of the reference, stage by stage"),
     "benchmark": ("benchmark", "time every stage of the model on this machine"),
+    "benchmark-node": ("benchmark_node", "measure what the node costs around the engine, over real DDS"),
     "node": ("node", "start the ROS 2 driving node"),
     "replay": ("replay", "play a rosbag through the node, record what it publishes, and summarise the run"),
 }
