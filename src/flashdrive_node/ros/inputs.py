@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 from nav_msgs.msg import Odometry
@@ -68,8 +69,10 @@ class Inputs:
     def _subscribe(
         self, kind: type, topic: str, callback: Callable[..., None], qos: QoSProfile, raw: bool = False
     ) -> None:
+        # Overrides are written into the profile that is passed, and the preset belongs to the whole process.
+        own = copy(qos)
         self._subscriptions.append(
-            self._node.create_subscription(kind, topic, callback, qos, qos_overriding_options=OVERRIDABLE, raw=raw)
+            self._node.create_subscription(kind, topic, callback, own, qos_overriding_options=OVERRIDABLE, raw=raw)
         )
 
     def _on_image(self, index: int, parse: Callable[[bytes], RawImage], message: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import copy
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -55,7 +56,9 @@ class Outputs:
         self._timing = self._publisher(DiagnosticArray, topics.TIMING)
 
     def _publisher(self, kind: Any, topic: str) -> LifecyclePublisher:
-        publisher = self._node.create_lifecycle_publisher(kind, topic, OUTPUT_QOS, qos_overriding_options=OVERRIDABLE)
+        # Overrides are written into the profile that is passed: everyone needs one of its own.
+        qos = copy(OUTPUT_QOS)
+        publisher = self._node.create_lifecycle_publisher(kind, topic, qos, qos_overriding_options=OVERRIDABLE)
         self._publishers.append(publisher)
         return publisher
 
