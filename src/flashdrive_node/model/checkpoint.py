@@ -279,9 +279,7 @@ def _copy(
                 place(piece.slot).narrow(0, piece.first, piece.length).copy_(source, non_blocking=True)
                 if device.type == "cuda":
                     # The buffer may be refilled only when the device has taken it.
-                    event = torch.cuda.Event()
-                    event.record()
-                    in_flight.append((event, piece.buffer))
+                    in_flight.append((torch.cuda.current_stream(device).record_event(), piece.buffer))
                     if len(in_flight) > _IN_FLIGHT:
                         event, buffer = in_flight.popleft()
                         event.synchronize()
