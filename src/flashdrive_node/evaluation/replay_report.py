@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,14 @@ def read_driven_path(bag: Path, rig: Rig) -> DrivenPath:
     return DrivenPath(np.array(stamps, np.int64)[order], table)
 
 
-def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any], problem: str = "") -> ReplayReport:
+def make_report(
+    bag: Path,
+    outputs: Path | None,
+    rig: Rig,
+    played: dict[str, Any],
+    problem: str = "",
+    notes: Sequence[str] = (),
+) -> ReplayReport:
     """Summarise a replay.
 
     Args:
@@ -186,12 +194,13 @@ def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any
         rig: The rig that was played.
         played: What the player says about what it played.
         problem: Why the run ended early.
+        notes: What a reader must know about the run.
 
     Raises:
         BagError: A bag cannot be read.
     """
     report = ReplayReport(str(bag), str(outputs or ""), rig.name, conditions=_conditions(), played=played)
-    report.problem = problem
+    report.problem, report.notes = problem, list(notes)
     if outputs is None:
         return report
     data, driven = read_outputs(outputs), read_driven_path(bag, rig)
@@ -206,12 +215,9 @@ def make_report(bag: Path, outputs: Path | None, rig: Rig, played: dict[str, Any
                 [r["timings_ms"][stage] for r in data.records if stage in r["timings_ms"]]
             )
         report.distance_to_driven_m = _distance_to_driven(data.records, driven)
-    name = str(report.engine.get("name", ""))
-    if name.startswith("fake"):
+    if str(report.engine.get("name", "")).startswith("fake"):
         report.notes.append(FAKE_ENGINE)
-    if "random" in str(report.engine.get("checkpoint", "")):
-        report.notes.append(RANDOM_WEIGHTS)
-    _read_statuses(report, data, (int(driven.stamps_ns[0]), int(driven.stamps_ns[-1])))
+    _read_statuses(report, data, int(driven.stamps_ns[0]), played.get("played_s", 0.0))
     return report
 
 
@@ -229,15 +235,19 @@ def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict
     return found
 
 
-def _read_statuses(report: ReplayReport, data: Outputs, span_ns: tuple[int, int]) -> None:
-    start, end = span_ns
+def _read_statuses(report: ReplayReport, data: Outputs, start_ns: int, played_s: float) -> None:
+    begun = {part for _, part, level, *_ in data.statuses if level == 0}
     last: dict[str, int] = {}
     for stamp, part, level, text, values in data.statuses:
         report.counters[part] = values
-        # Before and after the recording the inputs are silent, and the node rightly says so.
-        if start < stamp <= end and last.get(part) != level:
+        if level == 0:
+            begun.discard(part)
+        # Before and after the recording the inputs are silent, and the node rightly says so: a part counts from when
+        # it was well for the first time (from the start where it never was) to the end of the recording.
+        time_s = (stamp - start_ns) / 1e9
+        if part not in begun and time_s <= played_s and last.get(part, 0) != level:
             name = _LEVELS[level] if level < len(_LEVELS) else str(level)
-            report.changes.append(StatusChange(round((stamp - start) / 1e9, 3), part, name, text))
+            report.changes.append(StatusChange(round(time_s, 3), part, name, text))
             last[part] = level
     for part, values in report.counters.items():
         if part.startswith("camera "):

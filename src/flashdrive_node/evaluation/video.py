@@ -106,11 +106,11 @@ def _windows(bag: Path, rig: Rig, records: list[dict[str, Any]]) -> Iterator[tup
     names = {camera.topic: camera.name for camera in rig.cameras}
     topics = {camera.name: camera.topic for camera in rig.cameras}
     for number, record in enumerate(records):
-        for camera in record["cameras"]:
-            if camera["name"] in shown:
-                wanted[topics[camera["name"]]][camera["stamps_ns"][-1]] = number
+        for name, stamps in record["frame_stamps_ns"].items():
+            if name in shown:
+                wanted[topics[name]][stamps[-1]] = number
     waiting: dict[int, dict[str, Picture]] = {}
-    needed = [sum(c["name"] in shown for c in record["cameras"]) for record in records]
+    needed = [len(shown & record["frame_stamps_ns"].keys()) for record in records]
     turn = 0
     with open_bag(bag) as reader:
         connections = [c for c in select(reader, rig) if c.topic in wanted]

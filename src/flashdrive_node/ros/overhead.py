@@ -122,7 +122,7 @@ def measure(options: BurstOptions, folder: Path) -> Overhead:
         running.bring_up(60.0)
         total_s = options.seconds + _WARM_UP_S
         arguments = [str(rig_file), str(options.rate_hz), str(options.width), str(options.height), str(total_s)]
-        cameras = running.spawn("flashdrive_node.ros.overhead", arguments)
+        cameras = running.spawn("flashdrive_node.ros.overhead", arguments, sends_images=True)
         assert cameras.stdout is not None
         # The first line comes once the pictures are drawn and the node listens.
         image_kib = float(cameras.stdout.readline() or "nan")

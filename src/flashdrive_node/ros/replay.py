@@ -71,7 +71,7 @@ def replay(
         on_text(f"starting the node (log: {running.log}) ...")
         running.bring_up(load_timeout_s, lambda text: on_text(f"  engine: {text}"))
         _wait_for_recorder(running)
-        player = running.spawn("flashdrive_node.ros.player", _player_arguments(play, quiet))
+        player = running.spawn("flashdrive_node.ros.player", _player_arguments(play, quiet), sends_images=True)
         try:
             try:
                 while player.poll() is None:

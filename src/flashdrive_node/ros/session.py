@@ -31,7 +31,6 @@ from rclpy.qos import QoSProfile
 from flashdrive_node.ros.topics import NODE_NAME
 from flashdrive_node.runtime.rig import load_rig, rig_remappings, share_directory
 
-#: Gives publishers of images a shared-memory segment that holds a burst of all cameras.
 DDS_PROFILE = "fastdds_shared_memory.xml"
 _TAIL_LINES = 15
 
@@ -97,20 +96,27 @@ class Session:
         self.control.destroy_node()
         self._context.try_shutdown()
 
-    def spawn(self, module: str, arguments: Sequence[str], log: Path | None = None) -> subprocess.Popen[str]:
+    def spawn(
+        self, module: str, arguments: Sequence[str], log: Path | None = None, sends_images: bool = False
+    ) -> subprocess.Popen[str]:
         """Start a module of this package as a process in the session's ROS domain.
 
         Args:
             module: Run with ``python -m``.
             arguments: Its command line.
             log: File for stdout and stderr; None gives a pipe for stdout and this process's stderr.
+            sends_images: Give it a shared-memory segment that holds a burst of all cameras.
         """
+        environment = dict(self._environment)
+        if sends_images:
+            profile = share_directory() / "params" / DDS_PROFILE
+            environment.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
         # A session of its own: Ctrl-C at the terminal reaches this program alone, which ends its children in order.
         with contextlib.ExitStack() as stack:
             out: Any = subprocess.PIPE if log is None else stack.enter_context(log.open("ab"))
             child = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                env=self._environment,
+                env=environment,
                 stdout=out,
                 stderr=None if log is None else subprocess.STDOUT,
                 text=True,
@@ -129,14 +135,15 @@ class Session:
         deadline = time.monotonic() + timeout_s
         said = ""
         while True:
-            engine = self.diagnostics.get("engine")
-            if engine is not None and {v.key: v.value for v in engine.values}.get("state") == "ready":
+            engine = self.diagnostics.get("engine", DiagnosticStatus())
+            state = next((item.value for item in engine.values if item.key == "state"), "")
+            if state == "ready":
                 break
-            if engine is not None and engine.message != said:
+            if state in ("loading", "warming") and engine.message != said:
                 said = engine.message
                 if on_text is not None:
                     on_text(said)
-            if engine is not None and engine.level == DiagnosticStatus.ERROR:
+            if engine.level == DiagnosticStatus.ERROR:
                 raise SessionError(f"the engine failed: {engine.message}\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise SessionError(f"the engine was not ready after {timeout_s:.0f} s ({said})\n{self.log_tail()}")
@@ -223,9 +230,6 @@ def _environment(options: SessionOptions) -> dict[str, str]:
     environment["ROS_DOMAIN_ID"] = str(options.domain_id)
     environment["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     environment.setdefault("ROS_LOG_DIR", str(options.folder / "ros_log"))
-    profile = share_directory() / "params" / DDS_PROFILE
-    if profile.exists():
-        environment.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
     return environment
 
 

@@ -1,0 +1,55 @@
+"""A small checkpoint with the release's architecture and random weights, made on the fly.
+
+It loads, runs and is wrong like any untrained network: the demo uses it to put the whole path through the real
+networks on a machine without the real weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from flashdrive_node.model.checkpoint_writer import random_checkpoint
+from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.presets import alpamayo_1_5_10b
+
+
+def small_alpamayo() -> AlpamayoConfig:
+    """Alpamayo 1.5 with narrow, few layers and everything else (vocabulary, prompt, image size) as published."""
+    base = alpamayo_1_5_10b()
+    model, vlm = copy.deepcopy(base.raw), copy.deepcopy(base.raw_vlm)
+    text: dict[str, Any] = vlm["text_config"]
+    text |= {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"head_dim": 32, "intermediate_size": 192}
+    text["rope_scaling"] = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [8, 4, 4]}
+    vlm["vision_config"] |= {
+        "hidden_size": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "deepstack_visual_indexes": [1, 2, 3],
+        "out_hidden_size": 64,
+    }
+    model["expert_cfg"] |= {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 128}
+    return AlpamayoConfig.from_dicts(model, vlm, "small Alpamayo 1.5")
+
+
+def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
+    """Write the small checkpoint, with the part of the Qwen vocabulary that prompts need; about 40 MB.
+
+    Args:
+        directory: Must not exist.
+        seed: Draws the weights.
+
+    Raises:
+        ModelError: The directory is in use.
+        OSError: Writing failed.
+    """
+    vocabulary = files("flashdrive_node.model") / "data" / "qwen_prompt_vocab.json"
+    with tempfile.TemporaryDirectory() as folder, as_file(vocabulary) as source:
+        shutil.copyfile(source, Path(folder) / "tokenizer.json")
+        return random_checkpoint(small_alpamayo(), directory, seed, tokenizer_files_dir=Path(folder))
