@@ -1,0 +1,1 @@
+"""As ``launch`` beside it."""
