@@ -236,16 +236,14 @@ def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict
 
 
 def _read_statuses(report: ReplayReport, data: Outputs, start_ns: int, played_s: float) -> None:
-    begun = {part for _, part, level, *_ in data.statuses if level == 0}
+    # Until the first window runs, missing inputs are no fault, and the end of the recording is none either.
+    running = (i for i, (_, part, _, _, values) in enumerate(data.statuses) if values.get("state") == "running")
+    first = next(running, 0)
     last: dict[str, int] = {}
-    for stamp, part, level, text, values in data.statuses:
+    for number, (stamp, part, level, text, values) in enumerate(data.statuses):
         report.counters[part] = values
-        if level == 0:
-            begun.discard(part)
-        # Before and after the recording the inputs are silent, and the node rightly says so: a part counts from when
-        # it was well for the first time (from the start where it never was) to the end of the recording.
         time_s = (stamp - start_ns) / 1e9
-        if part not in begun and time_s <= played_s and last.get(part, 0) != level:
+        if number >= first and time_s <= played_s and last.get(part, 0) != level:
             name = _LEVELS[level] if level < len(_LEVELS) else str(level)
             report.changes.append(StatusChange(round(time_s, 3), part, name, text))
             last[part] = level
