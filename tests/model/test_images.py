@@ -152,7 +152,20 @@ def test_every_form_of_a_batch_is_the_same():
     frames = [np.ascontiguousarray(frame.permute(1, 2, 0).numpy()) for frame in tensor]
     expected, _ = preprocess([tensor], CONFIG)
     stacked = np.stack(frames)
-    for form in (frames, tuple(frames), stacked, torch.from_numpy(stacked), tensor.numpy()):
+    mirrored = [np.ascontiguousarray(frame[:, :, ::-1])[:, :, ::-1] for frame in frames]  # negative strides
+    sealed = stacked.copy()
+    sealed.flags.writeable = False
+    for form in (
+        frames,
+        tuple(frames),
+        mirrored,
+        stacked,
+        np.stack(mirrored),
+        sealed,
+        stacked[:, ::-1][:, ::-1],
+        torch.from_numpy(stacked),
+        tensor.numpy(),
+    ):
         assert torch.equal(preprocess([form], CONFIG)[0], expected)
     assert as_batch(stacked).data_ptr() == stacked.ctypes.data  # not copied
 
@@ -164,6 +177,20 @@ def test_cameras_of_different_sizes_and_bfloat16():
     assert rows.dtype == torch.bfloat16
     assert rows.shape == (2 * 680 + 2 * 660, 1536)
     assert torch.equal(rows[: 2 * 680], preprocess([wide], CONFIG)[0].bfloat16())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_preprocess_is_the_same_on_every_device(device, dtype):
+    frames = [noise(2, 3, 270, 480), noise(2, 3, 240, 320, hard=True)]
+    rows, grids = preprocess([frame.to(device) for frame in frames], CONFIG, device, dtype)
+    sizes = [target_size(*frame.shape[2:], *LIMITS) for frame in frames]
+    expected = [
+        ((patchify(resize_uint8(frame, size)).float() - 127.5) / 127.5).to(dtype)
+        for frame, size in zip(frames, sizes, strict=True)
+    ]
+    assert grids == [(h // 16, w // 16) for h, w in sizes for _ in range(2)]
+    assert torch.equal(rows.cpu(), torch.cat(expected))
 
 
 def test_normalisation_ends():

@@ -19,6 +19,9 @@ from torch import Tensor
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import InputError
 
+#: Frames of one camera: uint8 [N, 3, H, W], [N, H, W, 3], or N arrays [H, W, 3].
+Frames = Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+
 #: Longest side over shortest side that the resize rule takes.
 MAX_ASPECT_RATIO = 200
 
@@ -142,19 +145,23 @@ def patchify(images: Tensor, patch: int = 16, merge: int = 2, temporal: int = 2)
 
 def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """0..255 to -1..1, computed in float32."""
-    return ((pixels.float() - 127.5) / 127.5).to(dtype)
+    # By a tensor: CUDA divides by a Python number through its reciprocal, which rounds otherwise.
+    half = torch.full((1,), 127.5, device=pixels.device)
+    return ((pixels.float() - half) / half).to(dtype)
 
 
-def as_batch(images: Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]], where: str = "images") -> Tensor:
+def as_batch(images: Frames, where: str = "images", pinned: bool = False) -> Tensor:
     """A uint8 batch [N, 3, H, W] from a tensor or decoded frames.
 
-    Frames [H, W, 3] become a channels-last view of one copy; a tensor or array [N, H, W, 3] is not copied at all.
+    Frames [H, W, 3] become a channels-last view of one copy, in page-locked memory if `pinned`, which uploads fast and
+    without waiting; a tensor or a writeable contiguous array is not copied at all.
 
     Raises:
         InputError: Not uint8, not three channels, or frames of different sizes.
     """
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+        plain = images.flags.writeable and images.flags.c_contiguous
+        images = torch.from_numpy(images if plain else images.copy())
     if not isinstance(images, Tensor):
         if not images:
             raise InputError(f"{where}: at least one image is required, found none")
@@ -168,7 +175,9 @@ def as_batch(images: Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]], w
                     f"{where}: frames of one camera must have one size, found {list(images[0].shape)} in image 0 and "
                     f"{list(image.shape)} in image {i}"
                 )
-        images = torch.from_numpy(np.stack(images))
+        batch = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
+        np.stack(images, out=batch.numpy())
+        images = batch
     if images.dtype != torch.uint8:
         raise InputError(f"{where}: uint8 is required, found {images.dtype}")
     if images.ndim == 4 and images.shape[1] == 3:
@@ -179,7 +188,7 @@ def as_batch(images: Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]], w
 
 
 def preprocess(
-    cameras: Sequence[Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]],
+    cameras: Sequence[Frames],
     config: AlpamayoConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -187,8 +196,7 @@ def preprocess(
     """Patch rows and grids of all images of one prompt, in prompt order.
 
     Args:
-        cameras: Per camera its frames, oldest first: uint8 [N, 3, H, W] or [N, H, W, 3], or N arrays [H, W, 3]. Sizes
-            may differ between cameras.
+        cameras: Per camera its frames, oldest first. Sizes may differ between cameras.
         config: Pixel limits and patch sizes.
         device: Where rows are wanted. On the CPU the native kernel runs, elsewhere `resize_on_device`.
         dtype: Type of the rows.
@@ -206,9 +214,12 @@ def preprocess(
     rows: list[Tensor] = []
     grids: list[tuple[int, int]] = []
     for i, frames in enumerate(cameras):
-        images = as_batch(frames, f"camera {i} of {len(cameras)}")
+        images = as_batch(frames, f"camera {i} of {len(cameras)}", pinned=device.type == "cuda")
         size = target_size(images.shape[2], images.shape[3], config.min_pixels, config.max_pixels, vision.resize_factor)
-        images = resize_uint8(images, size) if device.type == "cpu" else resize_on_device(images.to(device), size)
+        if device.type == "cpu":
+            images = resize_uint8(images, size)
+        else:
+            images = resize_on_device(images.to(device, non_blocking=True), size)
         # Cutting and repeating bytes moves a quarter of what floats would.
         patches = patchify(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         rows.append(normalise(patches, dtype))
