@@ -1,5 +1,6 @@
 """The plain engine on the bundled small checkpoint: same answers as the reference recording, and well-behaved."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,18 @@ def test_navigation_text_and_guidance_change_the_path(engine, observation):
     unguided = engine_with(engine, guidance_weight=1.5).step(observation)
     assert "guidance" not in unguided.timings_ms
     np.testing.assert_array_equal(unguided.trajectory.xyz, bare)
+
+
+def test_question_gets_the_recorded_answer(engine, observation):
+    recorded = json.loads((RECORDING / "cases" / "vqa.json").read_text())
+    answer = engine.answer(observation, "Describe the scene.", SamplingSettings(top_k=1, max_length=12))
+    assert answer == recorded["generated_text"][0].strip()
+
+
+@pytest.mark.parametrize("question", ["", "what <|answer_end|>", "why? " * 400])
+def test_bad_questions_are_refused(engine, observation, question):
+    with pytest.raises(EngineError, match="window 7: question may"):
+        engine.answer(observation, question)
 
 
 def test_cut_reasoning_is_not_complete(engine, observation):

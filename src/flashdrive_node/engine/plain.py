@@ -31,7 +31,7 @@ from flashdrive_node.model.images import preprocess
 from flashdrive_node.model.inference import Context, Generated, StopRule
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.loading import DTYPES, LoadedModel, load_alpamayo
-from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, without_navigation
+from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, question_prompt, without_navigation
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.model.tokenizer import extract_text
 
@@ -157,6 +157,44 @@ class PlainEngine:
         except ModelError as error:
             raise EngineError(f"window {observation.window_id}: {error}") from error
 
+    @torch.inference_mode()
+    def answer(self, observation: Observation, question: str, sampling: SamplingSettings | None = None) -> str:
+        """Answer a question about the images of an observation (Alpamayo 1.5); the ego history is not looked at.
+
+        Args:
+            observation: Gives the images.
+            question: Untrusted text.
+            sampling: How tokens are drawn; by default as the reference does, up to 256 of them.
+
+        Raises:
+            EngineError: The question or the images cannot be used.
+        """
+        model = self._model()
+        assert self.loaded is not None
+        tokenizer = self.loaded.tokenizer
+        sampling = sampling or SamplingSettings(max_length=256)
+        try:
+            pixels, grids = preprocess([c.images for c in observation.cameras], model.config, model.device, model.dtype)
+            indices, frames = _layout(observation)
+            prompt = question_prompt(tokenizer, model.config, indices, frames, grids, question)
+        except ModelError as error:
+            raise EngineError(f"window {observation.window_id}: {error}") from error
+        cache = inference.new_cache(model, len(prompt.ids), 1, sampling.max_length)
+        context, logits = inference.prefill(
+            model,
+            prompt.ids.to(model.device),
+            prompt.positions.to(model.device),
+            prompt.rope_delta,
+            cache,
+            model.vision(pixels, grids),
+            prompt.image_index.to(model.device),
+        )
+        rule = StopRule(stop=None, end_of_turn=tokenizer.id("im_end"), pad=tokenizer.id("endoftext"))
+        generator = torch.Generator(model.device).manual_seed(self.settings.seed)
+        ids = inference.decode(model, context, logits, 1, sampling, rule, generator).rows()[0]
+        # A model that does not close its answer is quoted as far as it came.
+        return extract_text(tokenizer, ids)["answer"] or tokenizer.decode(ids).partition("<|im_end|>")[0].strip()
+
     def reset(self, reason: str) -> None:
         """Start the sequence of random seeds again; nothing else is carried from window to window."""
         self.windows = 0
@@ -247,8 +285,7 @@ class PlainEngine:
         prompt = driving_prompt(
             self.loaded.tokenizer,
             model.config,
-            [camera.camera_index for camera in observation.cameras],
-            len(observation.cameras[0].images) if observation.cameras else 0,
+            *_layout(observation),
             grids,
             observation.nav_text,
         )
@@ -284,6 +321,11 @@ class PlainEngine:
 
 def _still(camera: int, frames: int, picture: np.ndarray) -> CameraFrames:
     return CameraFrames(camera, tuple(range(frames)), (picture,) * frames)
+
+
+def _layout(observation: Observation) -> tuple[list[int], int]:
+    """Camera indices, and frames of each."""
+    return [camera.camera_index for camera in observation.cameras], len(observation.cameras[0].images)
 
 
 def _sample(numbers: np.ndarray, reasoning: str, complete: bool) -> TrajectorySample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,7 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Args:
         q: [T, heads, head_dim].
         k, v: [kv_heads, S, head_dim].
-        mask: True where a query may look, [T, S]; None where every query sees every slot.
+        mask: Of `group_mask`; None where every query sees every slot.
 
     Returns:
         [T, heads * head_dim].
@@ -24,10 +25,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     kv_heads = k.shape[0]
     group = heads // kv_heads
     q = q.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
-    if mask is not None:
-        mask = mask.expand(group, *mask.shape).reshape(group * tokens, -1)
     out = scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask)
     return out.view(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads * dim)
+
+
+def group_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """A mask in the form that `attend` reads, made once for all layers.
+
+    Args:
+        mask: True where a query may look, [T, S].
+        group: Query heads per key/value head.
+        dtype: Type of the queries.
+
+    Returns:
+        What is added to the scores, [group * T, S]. Rows lie 16 elements aligned, without which the GPU kernel would
+        copy the mask in every layer.
+    """
+    tokens, slots = mask.shape
+    rows = torch.zeros(group, tokens, -(-slots // 16) * 16, dtype=dtype, device=mask.device)
+    rows[..., :slots].masked_fill_(~mask, -torch.inf)
+    return rows.flatten(0, 1)[:, :slots]
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from flashdrive_node.model.attention import attend, attend_causal
+from flashdrive_node.model.attention import attend, attend_causal, group_mask
 from flashdrive_node.model.config import DecoderConfig
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.rope import rotate
@@ -42,6 +42,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.q_size, self.kv_size, self.head_dim = config.q_size, config.kv_size, config.head_dim
+        self.group_size = config.group_size
         self.input_norm = RMSNorm(hidden, eps)
         self.qkv = nn.Linear(hidden, config.q_size + 2 * config.kv_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps)
@@ -92,6 +93,8 @@ def run_layers(
     Returns:
         Hidden states behind the last layer, before the final norm: [T, hidden].
     """
+    if mask is not None:
+        mask = group_mask(mask, cast(DecoderLayer, layers[0]).group_size, x.dtype)
     for i, module in enumerate(layers):
         layer = cast(DecoderLayer, module)
         q, k, v = layer.project(x)

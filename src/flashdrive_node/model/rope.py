@@ -4,19 +4,28 @@ vision tower. Angles are computed in float32; only cosine and sine are cast to t
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from flashdrive_node.model.config import DecoderConfig, VisionConfig
 
 
-def inverse_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
-    """Angular step of every rotary pair: ``theta ** (-2k / head_dim)``, float32 [head_dim / 2]."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    return 1.0 / (theta**exponent)
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # tables made during inference must serve training as well
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angular step of every rotary pair: ``theta ** (-2k / head_dim)``, float32 [head_dim / 2].
+
+    Computed on the CPU whatever the device, so that every device has the same bits.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    return (1.0 / (theta**exponent)).to(device)
 
 
-def mrope_axes(section: tuple[int, int, int], head_dim: int) -> Tensor:
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # tables made during inference must serve training as well
+def mrope_axes(section: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
     """Axis (0 time, 1 height, 2 width) that drives each rotary pair, int64 [head_dim / 2].
 
     Height takes pairs 1, 4, 7, ..., width takes pairs 2, 5, 8, ... as many as their sections say; time takes the rest
@@ -25,11 +34,11 @@ def mrope_axes(section: tuple[int, int, int], head_dim: int) -> Tensor:
     axes = torch.zeros(head_dim // 2, dtype=torch.int64)
     for axis in (1, 2):
         axes[axis : 3 * section[axis] : 3] = axis
-    return axes
+    return axes.to(device)
 
 
 def mrope_cos_sin(positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's rotation.
+    """Cosine and signed sine of every token's rotation, as `rotate` takes them.
 
     Args:
         positions: Integer positions on the three axes, [3, T].
@@ -37,17 +46,21 @@ def mrope_cos_sin(positions: Tensor, config: DecoderConfig, dtype: torch.dtype) 
         dtype: Type of the result.
 
     Returns:
-        cos, sin: each [T, head_dim], the second half repeating the first.
+        cos, sin: each [T, head_dim].
     """
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, positions.device)
-    axes = mrope_axes(config.mrope_section, config.head_dim).to(positions.device)
-    angles = positions.float()[axes].T * frequencies  # [T, head_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    axes = mrope_axes(config.mrope_section, config.head_dim, positions.device)
+    return _cos_sin(positions.float()[axes].T * frequencies, dtype)
+
+
+def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Angles of the pairs [T, head_dim / 2] -> both halves of cosine and signed sine, [T, head_dim] each."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def vision_cos_sin(rows: Tensor, cols: Tensor, config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every patch's rotation in the vision tower, float32 [patches, head_dim] each.
+    """Cosine and signed sine of every patch's rotation in the vision tower, float32 [patches, head_dim] each.
 
     Args:
         rows, cols: Patch coordinates, integer [patches].
@@ -55,8 +68,7 @@ def vision_cos_sin(rows: Tensor, cols: Tensor, config: VisionConfig) -> tuple[Te
     """
     frequencies = inverse_frequencies(config.head_dim // 2, 10000.0, rows.device)
     angles = torch.cat((rows.float()[:, None] * frequencies, cols.float()[:, None] * frequencies), dim=-1)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return _cos_sin(angles, torch.float32)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,8 +76,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [T, heads, head_dim].
-        cos, sin: [T, head_dim].
+        cos: [T, head_dim].
+        sin: [T, head_dim], its first half negated: so the pair's other member is a plain shift away.
     """
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])

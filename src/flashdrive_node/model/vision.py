@@ -29,6 +29,7 @@ class VisionFeatures(NamedTuple):
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made during inference, they must serve training as well
 def patch_coordinates(grid: tuple[int, int], merge: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column of every patch, in the order of the patch rows: merge x merge blocks row by row, then inside."""
     rows = torch.arange(grid[0], device=device)[:, None].expand(grid)
