@@ -34,9 +34,10 @@ def jpeg(camera_index: int, number: int, size: tuple[int, int] = (64, 48)) -> by
 class Drive:
     """Feeds a pipeline with cameras and odometry on a timeline of its own, and collects what comes out."""
 
-    def __init__(self, settings: PipelineSettings | None = None, fake: FakeSettings | None = None):
-        specs = tuple(CameraSpec(name, index, f"/{name}", "compressed", 10.0) for index, name in CAMERAS.items())
-        self.engine = FakeEngine(fake or FakeSettings(latency_s=0.0))
+    def __init__(self, settings: PipelineSettings | None = None, rate_hz: int = 10):
+        specs = tuple(CameraSpec(name, index, f"/{name}", "compressed", rate_hz) for index, name in CAMERAS.items())
+        self.period_ns = 10**9 // rate_hz
+        self.engine = FakeEngine(FakeSettings(latency_s=0.0))
         self.deliveries: list[Delivery] = []
         self.pipeline = Pipeline(
             Rig("test", specs, "/odometry", None), lambda: self.engine, self.deliveries.append, settings
@@ -56,13 +57,13 @@ class Drive:
             time.sleep(0.002)
 
     def stamp_ns(self) -> int:
-        return START_NS + self.offset_ns + self.tick * 100_000_000
+        return START_NS + self.offset_ns + self.tick * self.period_ns
 
     def run(self, ticks: int, settle: bool = True) -> None:
-        """Advance by tenths of a second: five odometry samples, then one image per camera."""
+        """Advance by camera periods: five odometry samples, then one image per camera."""
         for _ in range(ticks):
             for k in range(-4, 1):
-                sample = self.odometry(odometry_at(self.stamp_ns() + k * 20_000_000))
+                sample = self.odometry(odometry_at(self.stamp_ns() + k * self.period_ns // 5))
                 if sample is not None:
                     self.pipeline.on_odometry(sample)
             for index in CAMERAS:
@@ -183,6 +184,21 @@ def test_corrupt_image(drive: Drive) -> None:
     drive.make_image = jpeg
     drive.run(5)
     assert len(drive.results()) == before + 2
+
+
+def test_fast_cameras_use_the_frame_beside_a_corrupt_one() -> None:
+    drive = Drive(rate_hz=30)
+    drive.run(60)
+    before = len(drive.results())
+    newest = drive.results()[-1].t0_ns
+    drive.make_image = lambda index, number: jpeg(index, number)[: 200 if index == 6 and number % 6 == 0 else None]
+    drive.run(60)
+    times = [newest, *(result.t0_ns for result in drive.results()[before:])]
+    assert len(times) >= 18
+    assert np.diff(times).max() <= 140_000_000
+    assert drive.pipeline.status().cameras[3].account.dropped["corrupt"] >= 3
+    assert drive.pipeline.close()
+    drive.assert_accounts()
 
 
 def test_size_change_resets_the_stream(drive: Drive) -> None:

@@ -271,6 +271,22 @@ def test_corrupt_frames_are_not_chosen() -> None:
     assert ring.accounts()[0].dropped == {"corrupt": 1}
 
 
+def test_withdrawn_window_does_not_hold_up_the_next() -> None:
+    ring = RingBuffer(make_rig((30.0,)))
+    for k in range(12):
+        insert(ring, 0, k * 1e3 / 30)
+    window = window_of(ring)
+    ring.take(window)
+    insert(ring, 0, 12 * 1e3 / 30)
+    assert isinstance(ring.newest_window(), Refusal)
+    ring.discard(window.cameras[0].frames[-1], "broken")
+    ring.withdraw(window)
+    assert window_of(ring).t0_ns == START_NS + 400 * MS
+    account = ring.accounts()[0]
+    assert account.received == 13 == account.used + account.held + sum(account.dropped.values())
+    assert account.dropped["corrupt"] == 1
+
+
 def test_memory_is_bounded_whatever_comes() -> None:
     ring = RingBuffer(make_rig((10.0,)))
     for k in range(3000):

@@ -40,6 +40,9 @@ class EgoRule:
     twist_tolerance_mps: float = 3.0
     #: A stamp this far behind the newest one is a clock jump.
     jump_back_s: float = 1.0
+    #: Samples older (newer) than the node's clock by more than this are dropped as stale (future).
+    max_age_s: float = 2.0
+    max_ahead_s: float = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +69,8 @@ class EgoWindow:
 class EgoHistory:
     """Bounded store of odometry. Safe to call from any thread.
 
-    Counters: ``received`` samples, of which ``dropped`` by cause: "equal_stamp", "backwards", "not_finite",
-    "not_unit_quaternion", "wrong_child_frame".
+    Counters: ``received`` samples, of which ``dropped`` by cause: "stale", "future", "equal_stamp", "backwards",
+    "not_finite", "not_unit_quaternion", "wrong_child_frame".
     """
 
     def __init__(self, rule: EgoRule | None = None, base_frame: str | None = None):
@@ -83,9 +86,10 @@ class EgoHistory:
         self._lock = Lock()
         self._interval_ns = round(self.rule.interval_s * 1e9)
 
-    def insert(self, sample: OdometrySample) -> Refusal | None:
+    def insert(self, sample: OdometrySample, now_ns: int | None = None) -> Refusal | None:
         """Store one sample; returns why it was not stored, or what is conspicuous about it.
 
+        ``now_ns`` is the node's clock; without it stamps are not compared with the clock.
         Reasons: the causes of ``dropped``; "clock_jump" (not stored and not counted: the caller resets everything and
         inserts it again); "frame_change" (stored; what was there before is forgotten).
         """
@@ -95,6 +99,11 @@ class EgoHistory:
         with self._lock:
             newest_ns = int(self._stamps[self._count - 1]) if self._count else None
             behind_s = 0.0 if newest_ns is None else (newest_ns - sample.stamp_ns) / 1e9
+            if now_ns is not None and (foreign := self._foreign_stamp(sample.stamp_ns, now_ns)) is not None:
+                # One sample with a wild stamp must not look like a jump of the clock.
+                self.received += 1
+                self.dropped[foreign.reason] += 1
+                return foreign
             if behind_s > self.rule.jump_back_s:
                 return Refusal("clock_jump", f"odometry stamp went back by {behind_s:.3f} s")
             self.received += 1
@@ -178,6 +187,16 @@ class EgoHistory:
         """Forget all samples; counters stay."""
         with self._lock:
             self._count = 0
+
+    def _foreign_stamp(self, stamp_ns: int, now_ns: int) -> Refusal | None:
+        age_s = (now_ns - stamp_ns) / 1e9
+        if -self.rule.max_ahead_s <= age_s <= self.rule.max_age_s:
+            return None
+        where = f"{age_s:.1f} s behind" if age_s > 0 else f"{-age_s:.1f} s ahead of"
+        return Refusal(
+            "stale" if age_s > 0 else "future",
+            f"odometry at {stamp_ns / 1e9:.3f} s dropped: {where} the node's clock (is use_sim_time set as it must be?)",
+        )
 
     def _fault(
         self, sample: OdometrySample, row: NDArray[np.float64], behind_s: float, newest_ns: int | None

@@ -79,7 +79,12 @@ class FrameWindow:
     @property
     def received_ns(self) -> int:
         """Monotonic time when the last of its frames arrived."""
-        return max(frame.received_ns for camera in self.cameras for frame in camera.frames)
+        return max(frame.received_ns for frame in self.frames)
+
+    @property
+    def frames(self) -> list[Frame]:
+        """All frames of all cameras."""
+        return [frame for camera in self.cameras for frame in camera.frames]
 
 
 @dataclass(frozen=True)

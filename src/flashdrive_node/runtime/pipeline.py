@@ -6,40 +6,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import RLock
 
 from flashdrive_node.engine.protocol import Engine
-from flashdrive_node.runtime.checks import CheckRule, Violation, check_prediction
+from flashdrive_node.runtime.checks import Violation, check_prediction
 from flashdrive_node.runtime.decode_pool import DecodePool
 from flashdrive_node.runtime.delivery import Delivery
-from flashdrive_node.runtime.ego_history import EgoHistory, EgoRule, EgoWindow
+from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
 from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
 from flashdrive_node.runtime.observation import OdometrySample, RawImage, build_observation
+from flashdrive_node.runtime.pipeline_settings import PipelineSettings
 from flashdrive_node.runtime.pipeline_status import CameraStatus, InputNotes, PipelineStatus
 from flashdrive_node.runtime.rig import Rig
-from flashdrive_node.runtime.ring_buffer import RingBuffer, WindowRule
+from flashdrive_node.runtime.ring_buffer import RingBuffer
 from flashdrive_node.runtime.worker import EngineWorker, Outcome, State
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """Rules of all parts."""
-
-    window: WindowRule = field(default_factory=WindowRule)
-    ego: EgoRule = field(default_factory=EgoRule)
-    checks: CheckRule = field(default_factory=CheckRule)
-    decode_threads: int = 2
-    #: Largest image that is decoded, pixels.
-    max_pixels: int = 4096 * 4096
-    #: Refuse windows in which a camera shows the same picture in all its frames.
-    refuse_frozen: bool = True
-    #: A t0 this much later than the one before means that the stream is interrupted: the engine is reset.
-    max_t0_gap_s: float = 1.0
-    hang_timeout_s: float = 5.0
-    reload_after_failures: int = 3
 
 
 @dataclass(eq=False)
@@ -143,12 +126,12 @@ class Pipeline:
         self._ring.count_drop(camera_index, cause)
         self._notes[camera_index].complain(text)
 
-    def on_odometry(self, sample: OdometrySample) -> None:
-        """Take one odometry sample; may complete a window that waited for it."""
-        conspicuous = self._ego.insert(sample)
+    def on_odometry(self, sample: OdometrySample, now_ns: int | None = None) -> None:
+        """Take one odometry sample; may complete a window that waited for it. ``now_ns`` is the node's clock."""
+        conspicuous = self._ego.insert(sample, now_ns)
         if conspicuous is not None and conspicuous.reason == "clock_jump":
             self.reset("clock_jump", conspicuous.text)
-            conspicuous = self._ego.insert(sample)
+            conspicuous = self._ego.insert(sample, now_ns)
         if conspicuous is not None:
             self._odometry_notes.complain(conspicuous.text)
             if conspicuous.reason != "frame_change":
@@ -246,6 +229,8 @@ class Pipeline:
                 self._refusal = Refusal("odometry_missing", "no odometry received")
                 return
             window = self._ring.newest_window(limit_ns, now_ns)
+            while isinstance(window, FrameWindow) and self._discard_broken(window):
+                window = self._ring.newest_window(limit_ns, now_ns)
             if isinstance(window, Refusal):
                 self._note_refusal(window, limit_ns)
                 return
@@ -256,8 +241,17 @@ class Pipeline:
                 return
             self._ring.take(window)
             self._decoding = claim = _Claim(window, ego, self._epoch, time.monotonic_ns())
-        frames = [frame for camera in window.cameras for frame in camera.frames]
-        self._pool.when_decoded(frames, lambda: self._decoded(claim))
+        self._pool.when_decoded(window.frames, lambda: self._decoded(claim))
+
+    def _discard_broken(self, window: FrameWindow) -> bool:
+        """Remove the frames that could not be decoded; whether there were any."""
+        broken = [frame for frame in window.frames if frame.error is not None]
+        for frame in broken:
+            error, spec = frame.error or "", self.rig.camera(frame.camera_index)
+            self._ring.discard(frame, error)
+            self._notes[frame.camera_index].complain(error)
+            self._refusal = Refusal("corrupt", f"camera {spec.name}: {error}", spec.name)
+        return bool(broken)
 
     def _note_refusal(self, refusal: Refusal, limit_ns: int) -> None:
         if refusal.reason == "waiting":
@@ -272,23 +266,18 @@ class Pipeline:
     def _decoded(self, claim: _Claim) -> None:
         with self._lock:
             self._decoding = None
-            if not self._submit(claim):
+            if claim.epoch != self._epoch:
+                self._ring.resolve(claim.window, used=False)
+            elif self._discard_broken(claim.window):
+                # Where the cameras are fast, a frame beside the broken one makes a window soon.
+                self._ring.withdraw(claim.window)
+            elif not self._submit(claim):
                 self._ring.resolve(claim.window, used=False)
         self._advance()
 
     def _submit(self, claim: _Claim) -> bool:
         """Hand a decoded window to the worker; False where nothing came of it."""
-        if claim.epoch != self._epoch:
-            return False
         window = claim.window
-        for camera in window.cameras:
-            for frame in camera.frames:
-                if frame.error is not None:
-                    self._ring.discard(frame, frame.error)
-                    self._notes[camera.index].complain(frame.error)
-                    self._refusal = Refusal("corrupt", f"camera {camera.name}: {frame.error}", camera.name)
-        if any(frame.pixels is None for camera in window.cameras for frame in camera.frames):
-            return False
         refusal = self._frozen_camera(window) or self._changed_size(window)
         if refusal is not None:
             self._refusal = refusal

@@ -127,6 +127,7 @@ class RingBuffer:
         min_period_ns = round(rule.min_period_s * 1e9)
         self._stride_ns = max(min_period_ns - min(self._reference.half_period_ns, min_period_ns // 2), 1)
         self._last_t0_ns: int | None = None
+        self._before_last_ns: int | None = None
         self._lock = Lock()
 
     def insert(self, camera_index: int, image: RawImage, now_ns: int | None = None) -> Insertion:
@@ -187,13 +188,20 @@ class RingBuffer:
                 raise ValueError(
                     f"window at {window.t0_ns} ns is not newer than the one taken at {self._last_t0_ns} ns"
                 )
-            self._last_t0_ns = window.t0_ns
+            self._before_last_ns, self._last_t0_ns = self._last_t0_ns, window.t0_ns
             for camera in window.cameras:
                 for frame in camera.frames:
                     frame.pending += 1
                     frame.claimed = True
             for store in self._stores.values():
                 self._trim(store)
+
+    def withdraw(self, window: FrameWindow) -> None:
+        """Resolve the window taken last as unused and let the next one follow as if it had never been taken."""
+        self.resolve(window, used=False)
+        with self._lock:
+            if self._last_t0_ns == window.t0_ns:
+                self._last_t0_ns = self._before_last_ns
 
     def resolve(self, window: FrameWindow, used: bool) -> None:
         """Say whether a taken window reached the engine, so that its frames can be accounted for."""
@@ -233,7 +241,7 @@ class RingBuffer:
     def reset(self) -> None:
         """Drop all frames (cause "reset") and forget the last t0."""
         with self._lock:
-            self._last_t0_ns = None
+            self._last_t0_ns = self._before_last_ns = None
             for store in self._stores.values():
                 store.evict(0, len(store.frames), "reset")
                 store.newest_ns = None
