@@ -85,7 +85,7 @@ class Inputs:
         self._pipeline.on_image(index, image, self._node.get_clock().now().nanoseconds or None)
 
     def _on_odometry(self, message: Odometry) -> None:
-        self._pipeline.on_odometry(odometry_sample(message))
+        self._pipeline.on_odometry(odometry_sample(message), self._node.get_clock().now().nanoseconds or None)
 
     def _on_camera_info(self, camera: CameraSpec, message: CameraInfo) -> None:
         self.camera_info[camera.index] = (message.width, message.height)
