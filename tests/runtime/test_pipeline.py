@@ -179,7 +179,7 @@ def test_corrupt_image(drive: Drive) -> None:
     drive.run(6)
     assert len(drive.results()) == before
     status = drive.pipeline.status()
-    assert status.cameras[1].account.dropped["corrupt"] >= 5
+    assert status.cameras[1].account.dropped["corrupt"] >= 1
     assert "JPEG" in status.cameras[1].last_error
     drive.make_image = jpeg
     drive.run(5)

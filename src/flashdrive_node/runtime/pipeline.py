@@ -17,7 +17,13 @@ from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
 from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
 from flashdrive_node.runtime.observation import OdometrySample, RawImage, build_observation
 from flashdrive_node.runtime.pipeline_settings import PipelineSettings
-from flashdrive_node.runtime.pipeline_status import CameraStatus, InputNotes, PipelineStatus
+from flashdrive_node.runtime.pipeline_status import (
+    CameraStatus,
+    InputNotes,
+    PipelineStatus,
+    drop_complaint,
+    silent_input,
+)
 from flashdrive_node.runtime.rig import Rig
 from flashdrive_node.runtime.ring_buffer import RingBuffer
 from flashdrive_node.runtime.worker import EngineWorker, Outcome, State
@@ -114,7 +120,7 @@ class Pipeline:
             self.reset("clock_jump", f"stamps of camera {spec.name} went back by {insertion.jumped_back_s:.3f} s")
             insertion = self._ring.insert(camera_index, image, now_ns)
         if insertion.frame is None:
-            notes.complain(_complaint(insertion.dropped, image.stamp_ns, now_ns))
+            notes.complain(drop_complaint(insertion.dropped, image.stamp_ns, now_ns))
             return
         notes.received_ns = image.received_ns
         if self.worker.ready and self._ring.wanted(insertion.frame):
@@ -182,7 +188,7 @@ class Pipeline:
             )
         return PipelineStatus(
             cameras=tuple(cameras),
-            refusal=self._refusal or self._silence(),
+            refusal=self._refusal or (silent_input(cameras, self._odometry_notes) if self._active else None),
             worker=self.worker.status(),
             odometry_received=self._ego.received,
             odometry_dropped=dict(self._ego.dropped),
@@ -202,19 +208,6 @@ class Pipeline:
             self._epoch += 1
         self._pool.close()
         return self.worker.close(timeout_s)
-
-    def _silence(self) -> Refusal | None:
-        """The input that has sent nothing for a second of wall time: without messages nobody else would notice."""
-        if not self._active:
-            return None
-        for spec in self.rig.cameras:
-            silent_s = self._notes[spec.index].silent_s()
-            if silent_s is not None and silent_s > 1.0:
-                return Refusal("silent", f"camera {spec.name} has been silent for {silent_s:.1f} s", spec.name)
-        silent_s = self._odometry_notes.silent_s()
-        if silent_s is not None and silent_s > 1.0:
-            return Refusal("odometry_silent", f"odometry has been silent for {silent_s:.1f} s")
-        return None
 
     def _advance(self, now_ns: int | None = None) -> None:
         """Claim the newest window that frames and odometry complete, unless one is being decoded."""
@@ -358,13 +351,3 @@ class Pipeline:
         self._resets[reason] += 1
         self._last_reset = f"{reason}: {text}" if text else reason
         logger.info("reset: %s", self._last_reset)
-
-
-def _complaint(cause: DropCause | None, stamp_ns: int, now_ns: int | None) -> str:
-    text = f"image at {stamp_ns / 1e9:.3f} s dropped: {cause}"
-    if now_ns is not None and cause in ("stale", "future"):
-        text += (
-            f", {abs(now_ns - stamp_ns) / 1e9:.1f} s {'behind' if cause == 'stale' else 'ahead of'} the node's clock"
-        )
-        text += " (is use_sim_time set as it must be?)"
-    return text

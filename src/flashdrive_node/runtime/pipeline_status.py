@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flashdrive_node.runtime.frames import FrameAccount, Refusal
+from flashdrive_node.runtime.frames import DropCause, FrameAccount, Refusal
 from flashdrive_node.runtime.worker import WorkerStatus
 
 
@@ -63,3 +64,26 @@ class PipelineStatus:
     windows_taken: int
     resets: dict[str, int]
     last_reset: str
+
+
+def silent_input(cameras: Iterable[CameraStatus], odometry: InputNotes) -> Refusal | None:
+    """The input that has sent nothing for a second of wall time: without messages nobody else would notice."""
+    for camera in cameras:
+        if camera.silent_s is not None and camera.silent_s > 1.0:
+            text = f"camera {camera.name} has been silent for {camera.silent_s:.1f} s"
+            return Refusal("silent", text, camera.name)
+    silent_s = odometry.silent_s()
+    if silent_s is not None and silent_s > 1.0:
+        return Refusal("odometry_silent", f"odometry has been silent for {silent_s:.1f} s")
+    return None
+
+
+def drop_complaint(cause: DropCause | None, stamp_ns: int, now_ns: int | None) -> str:
+    """Why an image was not stored, in words."""
+    text = f"image at {stamp_ns / 1e9:.3f} s dropped: {cause}"
+    if now_ns is not None and cause in ("stale", "future"):
+        text += (
+            f", {abs(now_ns - stamp_ns) / 1e9:.1f} s {'behind' if cause == 'stale' else 'ahead of'} the node's clock"
+        )
+        text += " (is use_sim_time set as it must be?)"
+    return text
