@@ -12,6 +12,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
+from flashdrive_node.runtime.frames import Refusal
 from flashdrive_node.runtime.pipeline import CameraStatus, PipelineStatus
 from flashdrive_node.runtime.rig import CameraSpec
 from flashdrive_node.runtime.timing import StageStatistics
@@ -104,7 +105,7 @@ def _inference(
         missing = f"; {pipeline.refusal.text}" if pipeline.refusal is not None else ""
         return WARN, "starting", f"{publication.since_text}{missing}"
     if pipeline.refusal is not None and fresh_s > QUIET_S:
-        return ERROR, "no window", pipeline.refusal.text
+        return ERROR, "no window", _explained(pipeline.refusal, pipeline.cameras)
     if publication.last == "failed":
         return ERROR, "engine error", publication.last_text
     if publication.last == "withheld":
@@ -112,6 +113,18 @@ def _inference(
     if fresh_s > QUIET_S and worker.state != "busy":
         return ERROR, "no window", "the inputs have stopped"
     return OK, "running", f"window {pipeline.windows_taken}, result {publication.age_ms:.0f} ms old when published"
+
+
+def _recent_error(camera: CameraStatus) -> bool:
+    return bool(camera.last_error) and camera.last_error_age_s < ERROR_SHOWN_S
+
+
+def _explained(refusal: Refusal, cameras: Iterable[CameraStatus]) -> str:
+    """The refusal, and where images of its camera were refused, why: that is the cause of a missing frame."""
+    for camera in cameras:
+        if camera.name == refusal.camera and _recent_error(camera) and camera.last_error not in refusal.text:
+            return f"{refusal.text}; refused: {camera.last_error}"
+    return refusal.text
 
 
 def engine_status(
@@ -157,9 +170,9 @@ def engine_status(
 
 
 def camera_status(
-    camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool
+    camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool, refusal: Refusal | None = None
 ) -> DiagnosticStatus:
-    """One camera: rate, age, and where its frames went."""
+    """One camera: rate, age, and where its frames went. ``refusal`` is why there is no window right now."""
     account = camera.account
     values: dict[str, Any] = {
         "index": camera.index,
@@ -169,21 +182,25 @@ def camera_status(
         "received": account.received,
         "used": account.used,
         "held": account.held,
+        "non_increasing_stamps": account.non_increasing,
         **{f"dropped_{cause}": count for cause, count in account.dropped.items()},
         "last_error": camera.last_error,
     }
     if info is not None:
         values["camera_info"] = f"{info[0]}x{info[1]}"
-    level, text = _camera(camera, spec, info, active)
+    blocking = refusal is not None and refusal.camera == camera.name
+    level, text = _camera(camera, spec, info, active, blocking)
     return _status(f"camera {camera.name}", level, text, values)
 
 
-def _camera(camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool) -> tuple[bytes, str]:
+def _camera(
+    camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool, blocking: bool
+) -> tuple[bytes, str]:
     if not active:
         return OK, "inactive"
-    recent = bool(camera.last_error) and camera.last_error_age_s < ERROR_SHOWN_S
+    recent = _recent_error(camera)
     silent = camera.silent_s is None or camera.silent_s > max(SILENT_MIN_S, SILENT_PERIODS / spec.rate_hz)
-    if recent and silent:
+    if recent and (silent or (blocking and camera.last_error_age_s < QUIET_S)):
         return ERROR, camera.last_error
     if camera.silent_s is None:
         return ERROR, "nothing received"

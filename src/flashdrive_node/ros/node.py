@@ -318,7 +318,9 @@ class FlashdriveNode(LifecycleNode):
         return response
 
     def _on_clock_jump(self, jump: TimeJump) -> None:
-        if self._pipeline is not None:
+        # The first /clock of a simulation is no jump: there was no time before it.
+        first = self.get_clock().now().nanoseconds == jump.delta.nanoseconds
+        if self._pipeline is not None and not first:
             self._pipeline.reset("clock_jump", f"the clock jumped by {jump.delta.nanoseconds / 1e9:+.3f} s")
 
     # Parameters
@@ -361,7 +363,7 @@ class FlashdriveNode(LifecycleNode):
             active = self._state.lifecycle == "active" and not self._state.paused
             info = self._inputs.camera_info if self._inputs is not None else {}
             statuses += [
-                camera_status(camera, self.rig.camera(camera.index), info.get(camera.index), active)
+                camera_status(camera, self.rig.camera(camera.index), info.get(camera.index), active, pipeline.refusal)
                 for camera in pipeline.cameras
             ]
             statuses.append(odometry_status(pipeline, active))

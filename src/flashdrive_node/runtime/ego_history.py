@@ -104,7 +104,7 @@ class EgoHistory:
                 self.received += 1
                 self.dropped[foreign.reason] += 1
                 return foreign
-            if behind_s > self.rule.jump_back_s:
+            if now_ns is None and behind_s > self.rule.jump_back_s:
                 return Refusal("clock_jump", f"odometry stamp went back by {behind_s:.3f} s")
             self.received += 1
             refusal = self._fault(sample, row, behind_s, newest_ns)
@@ -195,7 +195,7 @@ class EgoHistory:
         where = f"{age_s:.1f} s behind" if age_s > 0 else f"{-age_s:.1f} s ahead of"
         return Refusal(
             "stale" if age_s > 0 else "future",
-            f"odometry at {stamp_ns / 1e9:.3f} s dropped: {where} the node's clock (is use_sim_time set as it must be?)",
+            f"odometry at {stamp_ns / 1e9:.3f} s dropped: {where} the node's clock (is use_sim_time set right?)",
         )
 
     def _fault(

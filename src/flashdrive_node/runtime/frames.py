@@ -106,6 +106,8 @@ class FrameAccount:
     #: Still stored, or in a window that is under way.
     held: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    #: Of those received, how many had a stamp that is not after the newest one before it.
+    non_increasing: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,5 @@ class Insertion:
     #: Seconds that the stamp lies behind the newest one of its camera, where that is a clock jump; the caller resets
     #: everything and inserts the frame again.
     jumped_back_s: float | None = None
+    #: How many frames in a row, with this one, had a stamp that is not after the newest one.
+    disorder: int = 0

@@ -30,6 +30,9 @@ from flashdrive_node.runtime.worker import EngineWorker, Outcome, State
 
 logger = logging.getLogger(__name__)
 
+#: One late frame is jitter of the transport; so many in a row are a fault of the camera.
+DISORDER_REPORTED = 3
+
 
 @dataclass(eq=False)
 class _Claim:
@@ -123,6 +126,8 @@ class Pipeline:
             notes.complain(drop_complaint(insertion.dropped, image.stamp_ns, now_ns))
             return
         notes.received_ns = image.received_ns
+        if insertion.disorder >= DISORDER_REPORTED:
+            notes.complain(f"stamps do not increase: the last {insertion.disorder} came before the newest one")
         if self.worker.ready and self._ring.wanted(insertion.frame):
             self._pool.schedule(insertion.frame)
         self._advance(now_ns)

@@ -85,5 +85,5 @@ def drop_complaint(cause: DropCause | None, stamp_ns: int, now_ns: int | None) -
         text += (
             f", {abs(now_ns - stamp_ns) / 1e9:.1f} s {'behind' if cause == 'stale' else 'ahead of'} the node's clock"
         )
-        text += " (is use_sim_time set as it must be?)"
+        text += " (is use_sim_time set right?)"
     return text

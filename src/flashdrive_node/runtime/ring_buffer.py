@@ -51,6 +51,9 @@ class _Store:
         #: Newest stamp accepted, also where that frame turned out to be corrupt.
         self.newest_ns: int | None = None
         self.received = 0
+        #: Stamps that were not after the newest one: in all, and in a row right now.
+        self.non_increasing = 0
+        self.disorder = 0
         self.used = 0
         self.dropped: Counter[str] = Counter()
         #: Evicted frames of windows that are under way.
@@ -140,7 +143,10 @@ class RingBuffer:
                 cause = "stale"
             elif now_ns is not None and stamp_ns > now_ns + rule.max_ahead_s * 1e9:
                 cause = "future"
-            elif store.newest_ns is not None and stamp_ns < store.newest_ns - rule.jump_back_s * 1e9:
+            elif (
+                # Where the clock is known it tells of its jumps itself: then a wild stamp is only that.
+                now_ns is None and store.newest_ns is not None and stamp_ns < store.newest_ns - rule.jump_back_s * 1e9
+            ):
                 return Insertion(None, jumped_back_s=(store.newest_ns - stamp_ns) / 1e9)
             at = bisect_left(store.stamps, stamp_ns)
             if cause is None and stamp_ns < self._floor_ns(store):
@@ -148,6 +154,9 @@ class RingBuffer:
             elif cause is None and at < len(store.stamps) and store.stamps[at] == stamp_ns:
                 cause = "duplicate"
             store.received += 1
+            increasing = store.newest_ns is None or stamp_ns > store.newest_ns
+            store.disorder = 0 if increasing else store.disorder + 1
+            store.non_increasing += not increasing
             if cause is not None:
                 store.dropped[cause] += 1
                 return Insertion(None, cause)
@@ -155,10 +164,10 @@ class RingBuffer:
             store.stamps.insert(at, stamp_ns)
             store.frames.insert(at, frame)
             store.recent.append(stamp_ns)
-            if store.newest_ns is None or stamp_ns > store.newest_ns:
+            if increasing:
                 store.newest_ns = stamp_ns
             self._trim(store)
-            return Insertion(frame)
+            return Insertion(frame, disorder=store.disorder)
 
     def newest_window(self, limit_ns: int | None = None, now_ns: int | None = None) -> FrameWindow | Refusal:
         """The newest complete window with t0 <= ``limit_ns``, newer than every one taken; changes nothing.
@@ -245,13 +254,20 @@ class RingBuffer:
             for store in self._stores.values():
                 store.evict(0, len(store.frames), "reset")
                 store.newest_ns = None
+                store.disorder = 0
                 store.recent.clear()
 
     def accounts(self) -> dict[int, FrameAccount]:
         """Copy of the account of every camera by index."""
         with self._lock:
             return {
-                index: FrameAccount(store.received, store.used, len(store.frames) + store.orphans, dict(store.dropped))
+                index: FrameAccount(
+                    store.received,
+                    store.used,
+                    len(store.frames) + store.orphans,
+                    dict(store.dropped),
+                    store.non_increasing,
+                )
                 for index, store in self._stores.items()
             }
 
