@@ -44,7 +44,7 @@ def _actions(context):
     rig = load_rig(given["rig"])
     remappings = rig_remappings(rig)
     params_file = given["params_file"] or str(share_directory() / "params" / "flashdrive.yaml")
-    # Declared as text: launch would read a checkpoint called "1e3" as a number.
+    # Declared as text: launch would read a checkpoint called "12" as a number.
     texts = {name: given[name] for name in ("rig", "engine", "checkpoint", "output_frame") if given[name]}
     overrides = {name: ParameterValue(value, value_type=str) for name, value in texts.items()}
     overrides |= {name: _flag(given, name) for name in ("auto_activate", "use_sim_time")}

@@ -71,10 +71,10 @@ def test_empty_arguments_leave_the_values_to_the_params_file(launched, tmp_path)
 
 
 def test_texts_stay_texts(launched):
-    node = of(launched("flashdrive.launch.py", checkpoint="1e3", engine="plain"), "flashdrive_node")
+    node = of(launched("flashdrive.launch.py", checkpoint="12", engine="plain"), "flashdrive_node")
     files = [part for before, part in itertools.pairwise(node.cmd) if before == "--params-file"]
     written = yaml.safe_load(Path(files[-1]).read_text())
-    assert written["/**"]["ros__parameters"]["checkpoint"] == "1e3"
+    assert written["/**"]["ros__parameters"]["checkpoint"] == "12"
 
 
 def test_wrong_flags_and_unknown_arguments_are_refused(launched):
