@@ -243,7 +243,10 @@ class EngineWorker:
             prediction = engine.step(job.observation)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            logger.warning("window %d: the engine raised %s", job.observation.window_id, text, exc_info=True)
+            # Ten tracebacks a second help nobody: the first of a series says it all.
+            logger.warning(
+                "window %d: the engine raised %s", job.observation.window_id, text, exc_info=not self._failures
+            )
             self._recover(engine, error, text)
         with self._wake:
             self._running = None
