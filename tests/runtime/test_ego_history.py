@@ -203,6 +203,20 @@ def test_faulty_samples_are_refused_and_counted() -> None:
     assert (jump.reason, history.received) == ("clock_jump", 8)
 
 
+def test_stamps_of_another_clock_are_dropped_without_a_jump() -> None:
+    history = filled([straight(k / 50) for k in range(101)])
+    now_ns = START_NS + 2_020_000_000
+    stale, future = history.insert(straight(-3.0), now_ns), history.insert(straight(9.0), now_ns)
+    assert stale is not None
+    assert future is not None
+    assert (stale.reason, future.reason) == ("stale", "future")
+    assert "5.0 s behind the node's clock" in stale.text
+    assert "7.0 s ahead of the node's clock" in future.text
+    assert history.insert(straight(2.02), now_ns) is None
+    assert isinstance(window_at(history, 2.02), EgoWindow)
+    assert history.received == 104
+
+
 def test_another_frame_starts_anew() -> None:
     history = filled([straight(k / 50) for k in range(101)])
     assert isinstance(window_at(history, 2.0), EgoWindow)
