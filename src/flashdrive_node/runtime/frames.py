@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashdrive_node.runtime.observation import RawImage
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 #: Why a frame was never used: it was inserted twice / older than what is kept / too far from the node's clock / chosen
-#: but its window was overtaken / never chosen (cameras faster than the windows) / undecodable / reset / node inactive.
+#: but its window was overtaken / chosen but its window was refused for another frame's fault / never chosen (cameras
+#: faster than the windows) / undecodable / reset / node inactive.
 DropCause = Literal[
-    "duplicate", "late", "stale", "future", "superseded", "not_needed", "corrupt", "invalid", "reset", "inactive"
+    "duplicate",
+    "late",
+    "stale",
+    "future",
+    "superseded",
+    "refused",
+    "not_needed",
+    "corrupt",
+    "invalid",
+    "reset",
+    "inactive",
 ]
 
 
@@ -35,11 +44,13 @@ class Frame:
     signature: int | None = None
     #: Why it cannot be decoded.
     error: str | None = None
-    #: Decoding, once it is scheduled.
-    decoding: Future[None] | None = None
-    #: Windows under way that hold it; whether one claimed it, whether one reached the engine; whether it was removed.
+    #: Of the decoding pool: whether it was given the frame, whether it is done with it, and who waits for that.
+    scheduled: bool = False
+    finished: bool = False
+    waiting: list[tuple[Callable[[], bool], Callable[[], None]]] = field(default_factory=list)
+    #: Windows under way that hold it; why it is lost if it is removed now; whether it reached the engine; was removed.
     pending: int = 0
-    claimed: bool = False
+    lost: DropCause = "not_needed"
     used: bool = False
     evicted: bool = False
 

@@ -265,12 +265,12 @@ class Pipeline:
         with self._lock:
             self._decoding = None
             if claim.epoch != self._epoch:
-                self._ring.resolve(claim.window, used=False)
+                self._ring.resolve(claim.window, used=False, lost="reset")
             elif self._discard_broken(claim.window):
                 # Where the cameras are fast, a frame beside the broken one makes a window soon.
                 self._ring.withdraw(claim.window)
             elif not self._submit(claim):
-                self._ring.resolve(claim.window, used=False)
+                self._ring.resolve(claim.window, used=False, lost="refused")
         self._advance()
 
     def _submit(self, claim: _Claim) -> bool:
@@ -325,7 +325,8 @@ class Pipeline:
         observation = outcome.observation
         with self._lock:
             claim = self._claims.pop(observation.window_id)
-            self._ring.resolve(claim.window, used=outcome.started_ns > 0)
+            lost: DropCause = "superseded" if outcome.kind == "superseded" else "reset"
+            self._ring.resolve(claim.window, used=outcome.started_ns > 0, lost=lost)
         window = claim.window
         self._on_delivery(
             Delivery(

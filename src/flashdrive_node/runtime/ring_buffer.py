@@ -61,7 +61,7 @@ class _Store:
         self.recent: deque[int] = deque(maxlen=20)
 
     def evict(self, first: int, last: int, cause: DropCause | None = None) -> None:
-        """Remove frames[first:last] and settle what became of them; ``cause`` is that of frames never claimed."""
+        """Remove frames[first:last] and settle what became of them; ``cause`` goes before their own."""
         for frame in self.frames[first:last]:
             frame.evicted = True
             if frame.pending:
@@ -77,7 +77,7 @@ class _Store:
         elif frame.error is not None:
             self.dropped["corrupt"] += 1
         else:
-            self.dropped[cause or ("superseded" if frame.claimed else "not_needed")] += 1
+            self.dropped[cause or frame.lost] += 1
 
     def nearest(self, target_ns: int) -> Frame | None:
         """Frame nearest to a time, the older of two equally near."""
@@ -201,25 +201,26 @@ class RingBuffer:
             for camera in window.cameras:
                 for frame in camera.frames:
                     frame.pending += 1
-                    frame.claimed = True
+                    frame.lost = "superseded"
             for store in self._stores.values():
                 self._trim(store)
 
     def withdraw(self, window: FrameWindow) -> None:
         """Resolve the window taken last as unused and let the next one follow as if it had never been taken."""
-        self.resolve(window, used=False)
+        self.resolve(window, used=False, lost="refused")
         with self._lock:
             if self._last_t0_ns == window.t0_ns:
                 self._last_t0_ns = self._before_last_ns
 
-    def resolve(self, window: FrameWindow, used: bool) -> None:
-        """Say whether a taken window reached the engine, so that its frames can be accounted for."""
+    def resolve(self, window: FrameWindow, used: bool, lost: DropCause = "superseded") -> None:
+        """Say whether a taken window reached the engine (or why not), so that its frames can be accounted for."""
         with self._lock:
             for camera in window.cameras:
                 store = self._stores[camera.index]
                 for frame in camera.frames:
                     frame.pending -= 1
                     frame.used = frame.used or used
+                    frame.lost = lost
                     if frame.evicted and frame.pending == 0:
                         store.orphans -= 1
                         store.settle(frame)
