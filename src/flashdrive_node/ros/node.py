@@ -17,41 +17,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.lifecycle.node import LifecycleNode
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile
 from std_srvs.srv import SetBool, Trigger
 
 from flashdrive_node.engine.protocol import EngineInfo
 from flashdrive_node.ros import topics
 from flashdrive_node.ros.declare import check_change, current_values, declare_parameters, refusal
-from flashdrive_node.ros.diagnostics import (
-    NodeState,
-    Publication,
-    camera_status,
-    changed,
-    engine_status,
-    inference_status,
-    navigation_status,
-    odometry_status,
-)
+from flashdrive_node.ros.diagnostics import NodeState, Publication
 from flashdrive_node.ros.engines import EngineChoice, adjust_fake, choose_engine
 from flashdrive_node.ros.inputs import Inputs
+from flashdrive_node.ros.lifecycle import logged, refuse_impossible_transitions
 from flashdrive_node.ros.messages import OutputFrame
 from flashdrive_node.ros.navigation import Navigation
 from flashdrive_node.ros.outputs import Outputs
-from flashdrive_node.ros.parameters import ParameterError, Parameters, parameters_from
-from flashdrive_node.runtime.checks import CheckRule, Violation, check_prediction
-from flashdrive_node.runtime.ego_history import EgoRule, EgoWindow
-from flashdrive_node.runtime.pipeline import Delivery, Pipeline, PipelineSettings, PipelineStatus
+from flashdrive_node.ros.parameters import ParameterError, parameters_from
+from flashdrive_node.ros.reporter import Reporter
+from flashdrive_node.ros.settings import check_rule, pipeline_settings
+from flashdrive_node.runtime.checks import Violation, check_prediction
+from flashdrive_node.runtime.ego_history import EgoWindow
+from flashdrive_node.runtime.pipeline import Delivery, Pipeline
 from flashdrive_node.runtime.rig import load_rig
-from flashdrive_node.runtime.ring_buffer import WindowRule
 from flashdrive_node.runtime.timing import StageTimings
 
 #: Jumps of the ROS clock that start the stream anew. Simulated clocks tick in steps; smaller ones are none.
@@ -85,15 +75,10 @@ class FlashdriveNode(LifecycleNode):
         self._publication = Publication()
         self._timings = StageTimings()
         self._deliveries: deque[Delivery] = deque()
-        self._resets_seen = 0
+        self._epoch_seen = 0
         self._navigation = Navigation()
-        self._reported: list[DiagnosticStatus] = []
-        self._reported_s = 0.0
-        self._windows_reported = (0, 0)
-        self._superseded = 0.0
-        self._name = self.get_fully_qualified_name().lstrip("/")
         self._ready = self.create_guard_condition(self._publish_deliveries)
-        self._diagnostics = self.create_publisher(DiagnosticArray, topics.DIAGNOSTICS, QoSProfile(depth=10))
+        self._reporter = Reporter(self, self.rig, self._values.diagnostics_period_s)
         # Diagnostics must go on while a simulation stands still.
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.create_timer(WATCH_PERIOD_S, self._watch, clock=self._steady)
@@ -104,12 +89,11 @@ class FlashdriveNode(LifecycleNode):
             min_forward=Duration(seconds=JUMP_FORWARD_S), min_backward=Duration(seconds=-JUMP_BACKWARD_S)
         )
         self._jumps = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
-        # rclpy ends the process with an exception when a transition is asked for that the state does not have.
-        self._change_state = self._service_change_state.callback
-        self._service_change_state.callback = self._on_change_state
+        refuse_impossible_transitions(self)
 
     # Lifecycle
 
+    @logged
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Start loading the engine; returns at once."""
         parameters = self._values
@@ -120,9 +104,9 @@ class FlashdriveNode(LifecycleNode):
             self.get_logger().error(f"cannot be configured: {error}")
             return FAILURE
         self._publication, self._timings = Publication(), StageTimings()
-        self._resets_seen, self._windows_reported, self._superseded = 0, (0, 0), 0.0
+        self._epoch_seen = 0
         self._pipeline = Pipeline(
-            self.rig, self._engine.make, self._on_delivery, _settings(parameters), lambda _: self._wake()
+            self.rig, self._engine.make, self._on_delivery, pipeline_settings(parameters), lambda _: self._wake()
         )
         self._outputs = Outputs(self, self.rig)
         self._inputs = Inputs(self, self.rig, self._pipeline, self._on_navigation)
@@ -131,6 +115,7 @@ class FlashdriveNode(LifecycleNode):
         self.get_logger().info(f"configured: rig {self.rig.name}, engine {parameters.engine}; loading")
         return super().on_configure(state)
 
+    @logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Form windows and publish from now on."""
         assert self._pipeline is not None
@@ -141,20 +126,23 @@ class FlashdriveNode(LifecycleNode):
         result = super().on_activate(state)
         self._state = NodeState("active")
         self._pipeline.set_active(True)
-        self._note_resets()
+        self._note_reset()
         return result
 
+    @logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Publish nothing from now on; the engine stays loaded."""
         self._stop()
         return super().on_deactivate(state)
 
+    @logged
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the device and withdraw all topics."""
         result = super().on_cleanup(state)
         self.close()
         return result
 
+    @logged
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """As cleanup, from any state, and for good."""
         result = super().on_shutdown(state)
@@ -163,7 +151,6 @@ class FlashdriveNode(LifecycleNode):
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """A transition raised: free everything, so that the node can be configured again."""
-        self.get_logger().error(f"a transition from state '{state.label}' raised an exception; cleaning up")
         result = super().on_error(state)
         self.close()
         return result
@@ -195,15 +182,6 @@ class FlashdriveNode(LifecycleNode):
         self._outputs.clear_markers()
         self._state = NodeState("inactive")
 
-    def _on_change_state(self, request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
-        try:
-            return self._change_state(request, response)
-        except RuntimeError as error:  # rclpy's RCLError
-            label = self._state_machine.current_state[1]
-            self.get_logger().warning(f"transition {request.transition.id} refused in state '{label}': {error}")
-            response.success = False
-            return response
-
     # Results
 
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -216,10 +194,10 @@ class FlashdriveNode(LifecycleNode):
             self._ready.trigger()
 
     def _publish_deliveries(self) -> None:
-        self._note_resets()
+        self._announce_engine()
+        self._note_reset()
         while self._deliveries:
             self._take(self._deliveries.popleft())
-        self._announce_engine()
 
     def _take(self, delivery: Delivery) -> None:
         publication, pipeline = self._publication, self._pipeline
@@ -232,7 +210,7 @@ class FlashdriveNode(LifecycleNode):
             return
         parameters = self._values
         age_s = (self.get_clock().now().nanoseconds - delivery.t0_ns) / 1e9
-        violations = check_prediction(delivery.prediction, age_s, _check_rule(parameters), delivery.ego.speed_twist)
+        violations = check_prediction(delivery.prediction, age_s, check_rule(parameters), delivery.ego.speed_twist)
         frame = self._output_frame(delivery.ego)
         if isinstance(frame, Violation):
             violations.append(frame)
@@ -243,8 +221,7 @@ class FlashdriveNode(LifecycleNode):
             publication.last = "withheld"
             publication.last_text = "; ".join(f"{v.kind}: {v.text}" for v in violations)
             return
-        info = pipeline.status().worker.info
-        times_ms = self._outputs.publish(delivery, delivery.prediction, frame, parameters, info)
+        times_ms = self._outputs.publish(delivery, delivery.prediction, frame, parameters, self._announced)
         self._timings.add(times_ms)
         publication.published += 1
         publication.last, publication.last_text, publication.age_ms = "published", "", age_s * 1e3
@@ -260,18 +237,14 @@ class FlashdriveNode(LifecycleNode):
         qx, qy, qz, qw = ego.orientation_xyzw.tolist()
         return OutputFrame(ego.frame_id, (x, y, z), (qx, qy, qz, qw))
 
-    def _note_resets(self) -> None:
-        """React to resets, whoever caused them: what is drawn goes, and the diagnostics say so."""
-        if self._pipeline is None:
+    def _note_reset(self) -> None:
+        """React to a reset, whoever caused it: what is drawn goes, and the diagnostics say so."""
+        if self._pipeline is None or self._pipeline.epoch == self._epoch_seen:
             return
-        status = self._pipeline.status()
-        resets = sum(status.resets.values())
-        if resets == self._resets_seen:
-            return
-        self._resets_seen = resets
+        self._epoch_seen = self._pipeline.epoch
         if self._state.lifecycle == "active" and self._outputs is not None:
             self._publication.since_s = time.monotonic()
-            self._publication.since_text = f"reset by {status.last_reset}"
+            self._publication.since_text = f"reset by {self._pipeline.status().last_reset}"
             self._outputs.clear_markers()
 
     def _announce_engine(self) -> None:
@@ -303,7 +276,7 @@ class FlashdriveNode(LifecycleNode):
             response.success, response.message = False, "nothing to reset: the node is not configured"
             return response
         self._pipeline.reset("service", "~/reset was called")
-        self._note_resets()
+        self._note_reset()
         response.success, response.message = True, "the stream starts anew"
         return response
 
@@ -313,7 +286,7 @@ class FlashdriveNode(LifecycleNode):
             return response
         self._state = replace(self._state, paused=request.data)
         self._pipeline.set_active(not request.data)
-        self._note_resets()
+        self._note_reset()
         response.success, response.message = True, "paused" if request.data else "resumed"
         return response
 
@@ -338,72 +311,17 @@ class FlashdriveNode(LifecycleNode):
         if self._engine is not None and self._engine.fake is not None:
             adjust_fake(self._engine.fake, self._values)
 
-    # Diagnostics
-
     def _watch(self) -> None:
         if self._navigation.expire(self.get_clock().now().nanoseconds, self._values.navigation_timeout_s):
             self.get_logger().warning(self._navigation.problem)
             self._apply_navigation()
-        self._note_resets()
-        now_s = time.monotonic()
-        pipeline = self._pipeline.status() if self._pipeline is not None else None
-        due = now_s - self._reported_s >= self._values.diagnostics_period_s
-        if due:
-            self._measure_superseded(pipeline)
-        statuses = self._statuses(pipeline, now_s)
-        if due or changed(self._reported, statuses):
-            self._reported, self._reported_s = statuses, now_s
-            array = DiagnosticArray(status=statuses)
-            array.header.stamp = self.get_clock().now().to_msg()
-            self._diagnostics.publish(array)
-
-    def _statuses(self, pipeline: PipelineStatus | None, now_s: float) -> list[DiagnosticStatus]:
-        statuses = [inference_status(self._state, pipeline, self._publication, now_s)]
-        if pipeline is not None:
-            active = self._state.lifecycle == "active" and not self._state.paused
-            info = self._inputs.camera_info if self._inputs is not None else {}
-            statuses += [
-                camera_status(camera, self.rig.camera(camera.index), info.get(camera.index), active, pipeline.refusal)
-                for camera in pipeline.cameras
-            ]
-            statuses.append(odometry_status(pipeline, active))
-            statuses.append(navigation_status(self._navigation.text, self._navigation.problem))
-        worker = pipeline.worker if pipeline is not None else None
-        statuses.append(engine_status(worker, self._superseded, self._timings.statistics()))
-        for status in statuses:
-            status.name = f"{self._name}: {status.name}"
-            status.hardware_id = self.rig.name
-        return statuses
-
-    def _measure_superseded(self, pipeline: PipelineStatus | None) -> None:
-        if pipeline is None:
-            return
-        counts = pipeline.worker.counts
-        before, self._windows_reported = (
-            self._windows_reported,
-            (counts.get("submitted", 0), counts.get("superseded", 0)),
+        self._note_reset()
+        self._reporter.report(
+            self._state,
+            self._pipeline.status() if self._pipeline is not None else None,
+            self._publication,
+            self._navigation,
+            self._inputs.camera_info if self._inputs is not None else {},
+            self._timings,
+            time.monotonic(),
         )
-        submitted, superseded = (now - then for now, then in zip(self._windows_reported, before, strict=True))
-        self._superseded = superseded / submitted if submitted else 0.0
-
-
-def _settings(parameters: Parameters) -> PipelineSettings:
-    """The pipeline's rules; those of the checks are read anew for every window."""
-    return PipelineSettings(
-        window=WindowRule(
-            interval_s=parameters.frame_interval_s,
-            tolerance_s=parameters.frame_tolerance_s,
-            min_period_s=parameters.min_period_s,
-        ),
-        ego=EgoRule(max_gap_s=parameters.max_odometry_gap_s, max_extrapolation_s=parameters.max_extrapolation_s),
-        hang_timeout_s=parameters.hang_timeout_s,
-    )
-
-
-def _check_rule(parameters: Parameters) -> CheckRule:
-    return CheckRule(
-        max_result_age_s=parameters.max_result_age_s,
-        max_acceleration=parameters.max_acceleration,
-        max_curvature=parameters.max_curvature,
-        require_complete_reasoning=parameters.require_complete_reasoning,
-    )
