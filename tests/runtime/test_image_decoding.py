@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import threading
+import weakref
 import zlib
 from collections.abc import Callable
 
@@ -257,8 +260,9 @@ def test_pool_decodes_each_frame_once_and_reports_errors() -> None:
     done: list[int] = []
     for _ in range(3):
         pool.when_decoded(frames, lambda: done.append(sum(f.pixels is not None or f.error is not None for f in frames)))
-    for frame in frames:
-        pool.schedule(frame).result()
+    decoded = threading.Event()
+    pool.when_decoded(frames, decoded.set)
+    assert decoded.wait(10)
     pool.close()
     assert done == [20, 20, 20]
     assert pool.decoded == 20
@@ -270,7 +274,45 @@ def test_pool_skips_frames_that_were_removed() -> None:
     rig = Rig("test", (CameraSpec("front", 1, "/front", "compressed", 10.0),), "/odometry", None)
     pool = DecodePool(rig, threads=1)
     frame = Frame(1, 0, 0, compressed(JPEG), evicted=True)
-    pool.schedule(frame).result()
+    decoded = threading.Event()
+    pool.when_decoded([frame], decoded.set)
+    assert decoded.wait(10)
     pool.close()
     assert frame.pixels is None
     assert pool.decoded == 0
+
+
+def test_pool_keeps_no_picture_alive() -> None:
+    """Without a reference cycle, or megabytes would wait for the garbage collector."""
+    rig = Rig("test", (CameraSpec("front", 1, "/front", "compressed", 10.0),), "/odometry", None)
+    pool = DecodePool(rig, threads=1)
+    frames = [Frame(1, k, 0, compressed(JPEG)) for k in range(3)]
+    pictures = []
+    decoded = threading.Event()
+
+    def then(held: list[Frame] = frames) -> None:
+        pictures.extend(weakref.ref(frame.pixels) for frame in held if frame.pixels is not None)
+        decoded.set()
+
+    gc.collect()
+    gc.disable()
+    try:
+        pool.when_decoded(frames, then)
+        assert decoded.wait(10)
+        pool.close()
+        assert len(pictures) == 3
+        del then, frames
+        assert [picture() for picture in pictures] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+def test_closed_pool_calls_whoever_waits() -> None:
+    rig = Rig("test", (CameraSpec("front", 1, "/front", "compressed", 10.0),), "/odometry", None)
+    pool = DecodePool(rig, threads=1)
+    done: list[int] = []
+    for k in range(50):
+        pool.when_decoded([Frame(1, k, 0, compressed(JPEG))], lambda k=k: done.append(k))
+    pool.close()
+    pool.when_decoded([Frame(1, 50, 0, compressed(JPEG))], lambda: done.append(50))
+    assert done == list(range(51))
