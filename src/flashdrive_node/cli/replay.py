@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if result.interrupted:
         return 130
     if report.problem or report.published == 0:
-        print("flashdrive replay: nothing was published" if not report.published else report.problem, file=sys.stderr)
+        print(f"flashdrive replay: {report.problem or 'nothing was published'}", file=sys.stderr)
         return 1
     return 0
 
