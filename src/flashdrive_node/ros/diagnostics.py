@@ -170,7 +170,7 @@ def engine_status(
 
 
 def camera_status(
-    camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool, refusal: Refusal | None = None
+    camera: CameraStatus, spec: CameraSpec, info: tuple[int, int] | None, active: bool, refusal: Refusal | None
 ) -> DiagnosticStatus:
     """One camera: rate, age, and where its frames went. ``refusal`` is why there is no window right now."""
     account = camera.account

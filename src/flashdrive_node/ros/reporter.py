@@ -60,7 +60,13 @@ class Reporter:
         if pipeline is not None:
             active = state.lifecycle == "active" and not state.paused
             statuses += [
-                camera_status(camera, self._rig.camera(camera.index), camera_info.get(camera.index), active)
+                camera_status(
+                    camera,
+                    self._rig.camera(camera.index),
+                    camera_info.get(camera.index),
+                    active,
+                    pipeline.refusal,
+                )
                 for camera in pipeline.cameras
             ]
             statuses.append(odometry_status(pipeline, active))
