@@ -35,9 +35,15 @@ def cast_traffic(cast: Cast, chosen: Choices) -> None:
     for slot in (5, 6, 7):
         present = draws.chance(f"oncoming {slot}", 0.6)
         speed = chosen.limit * draws.uniform(f"oncoming speed {slot}", 0.8, 1.0)
-        # Where the ego has to turn across, or to leave its lane, the stream has gaps that end.
         cast.put(
-            present, slot, heavy if slot == 6 else Kind.CAR, s=at, d=lane, speed=speed, direction=-1, straight_on=1
+            present,
+            slot,
+            heavy if slot == 6 else Kind.CAR,
+            s=at,
+            d=lane,
+            speed=speed,
+            direction=-1,
+            straight_on=chosen.turning,
         )
         at = at + draws.uniform(f"oncoming gap {slot}", 35, 120)
     beside = draws.chance("next lane", 0.6) & (chosen.left > 0) & ~chosen.picks(Scenario.CUT_IN)
@@ -93,8 +99,8 @@ def _lane_users(cast: Cast, chosen: Choices) -> None:
     side = np.where(from_right, -LANE_M, LANE_M)
     cast.put(
         cutting, 0, Kind.CAR, s=EGO_FRONT_M + draws.uniform("cut-in gap", 9, 16) + 0.3 * start, d=side,
-        speed=start * draws.uniform("cut-in speed", 0.92, 1.0), direction=1, d_target=0.0,
-        lateral_speed=draws.uniform("cut-in rate", 0.9, 1.4), trigger_s=-draws.uniform("cut-in time", 2, 7),
+        speed=limit * draws.uniform("cut-in speed", 0.82, 0.95), direction=1, d_target=0.0,
+        lateral_speed=draws.uniform("cut-in rate", 0.9, 1.4), trigger_s=-draws.uniform("cut-in time", 1.7, 5),
         schedule=((draws.uniform("cut-in slows", 8, 12), limit * draws.uniform("cut-in to", 0.55, 0.85)),),
     )  # fmt: skip
     passing = chosen.picks(Scenario.LANE_CHANGE)

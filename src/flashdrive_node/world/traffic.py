@@ -77,7 +77,9 @@ def advance_agents(scene: Scene, state: State) -> dict[str, Tensor]:
     trigger = agents.trigger_s
     reach = (state.agent_s - state.front_s[:, None]) / state.speed[:, None].clamp(min=1.0)
     now = torch.where(trigger < 0, state.time_s[:, None] >= -trigger, (reach < trigger) & (reach > 0))
-    moving = state.agent_moving | (now & (agents.lateral_speed > 0)) | (trigger > 1e3)
+    # Nobody moves into the ego's lane beside it.
+    room = (agents.direction == 0) | (state.agent_s - 0.5 * agents.length - state.front_s[:, None] > 5.0)
+    moving = state.agent_moving | (now & room & (agents.lateral_speed > 0)) | (trigger > 1e3)
     # They arrive gently and start within half a second; the fast ones, on a crossing road, keep their speed.
     to_go = agents.d_target - state.agent_d
     crossing = agents.lateral_speed > 3.0
