@@ -24,15 +24,17 @@ class Hit(NamedTuple):
     solid: Tensor
 
 
-def nearest_per_tile(solids: Solids, rays: Rays, is_round: bool, reach_m: Tensor | float, count: int) -> Tensor:
-    """The solids that can be seen in every tile, nearest first: indices [S, T, count].
+def nearest_per_tile(
+    solids: Solids, rays: Rays, is_round: bool, reach_m: Tensor | float, count: int
+) -> tuple[Tensor, Tensor]:
+    """The solids that can be seen in every tile, nearest first: indices [S, T, count], and whether each is one.
 
     Args:
         solids: M per scene.
         rays: T tiles.
         is_round: Ellipsoids or boxes.
         reach_m: Added to their size, metres: a number or [S, M], for shadows that fall beside them.
-        count: How many; places without any hold solids that no ray of the tile meets.
+        count: How many.
     """
     offset = solids.centre[:, :, :2] - rays.origin[:2]
     axis = rays.direction.reshape(-1, 3).mean(dim=0)
@@ -47,7 +49,8 @@ def nearest_per_tile(solids: Solids, rays: Rays, is_round: bool, reach_m: Tensor
     there = (solids.half[..., 0] > 0) & (solids.round == is_round) & (distance - radius < 260.0)
     seen = (apart <= spread[:, None] + rays.tile_reach[None, :, None] + 1e-3) & there[:, None]
     key = torch.where(seen, (distance - radius)[:, None], torch.full_like(apart, FAR_M))
-    return key.topk(min(count, key.shape[2]), dim=2, largest=False).indices
+    nearest = key.topk(min(count, key.shape[2]), dim=2, largest=False)
+    return nearest.indices, nearest.values < FAR_M
 
 
 def cast(solids: Solids, rays: Rays) -> Hit:
@@ -56,14 +59,14 @@ def cast(solids: Solids, rays: Rays) -> Hit:
     best = torch.full((scenes, tiles, pixels), FAR_M, device=solids.yaw.device)
     which = torch.zeros((scenes, tiles, pixels), dtype=torch.long, device=best.device)
     for is_round, count in ((False, BOXES_PER_TILE), (True, ROUNDS_PER_TILE)):
-        listed = nearest_per_tile(solids, rays, is_round, 0.0, count)
+        listed, there = nearest_per_tile(solids, rays, is_round, 0.0, count)
         for i in range(listed.shape[2]):
             index = listed[:, :, i]
             one = take(solids, index)
             origin = rays.origin[None, None] - one.centre
             d = rays.direction[None]
             far = _round_distance(one, origin, d) if is_round else _box_distance(one, origin, d)
-            nearer = far < best
+            nearer = (far < best) & there[:, :, i, None]
             best = torch.where(nearer, far, best)
             which = torch.where(nearer, index[..., None], which)
     return Hit(best, which)
@@ -99,7 +102,7 @@ def _box_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:
         a, b = (-size - o) * inverse, (size - o) * inverse
         low, high = torch.minimum(a, b), torch.maximum(a, b)
         enter, leave = torch.maximum(enter, low), torch.minimum(leave, high)
-    hit = (enter < leave) & (enter > _NEAR_M) & (one.half[..., 0:1] > 0)
+    hit = (enter < leave) & (enter > _NEAR_M)
     return torch.where(hit, enter, torch.full_like(enter, FAR_M))
 
 
@@ -114,7 +117,7 @@ def _round_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:
     b = px * qx + py * qy + pz * qz
     discriminant = b * b - a * (px * px + py * py + pz * pz - 1)
     near = (-b - torch.sqrt(discriminant.clamp(min=0))) / a
-    hit = (discriminant > 0) & (near > _NEAR_M) & (one.half[..., 0:1] > 0)
+    hit = (discriminant > 0) & (near > _NEAR_M)
     return torch.where(hit, near, torch.full_like(near, FAR_M))
 
 
@@ -136,9 +139,9 @@ def shade_on_ground(solids: Solids, rays: Rays, x: Tensor, y: Tensor, sun: Tenso
     reach = (top * flat[:, None]).clamp(max=25.0)
     toward = sun[:, None, None, None, :].expand(-1, 1, 1, 1, -1)[:, 0]
     for is_round, count in ((False, 12), (True, 8)):
-        listed = nearest_per_tile(solids, rays, is_round, reach, count)
+        listed, there = nearest_per_tile(solids, rays, is_round, reach, count)
         for i in range(listed.shape[2]):
-            one = take(solids, listed[:, :, i])
+            one, valid = take(solids, listed[:, :, i]), there[:, :, i, None]
             dx, dy = x - one.centre[..., 0:1], y - one.centre[..., 1:2]
             c, s = one.yaw.cos()[..., None], one.yaw.sin()[..., None]
             lx, ly = c * dx + s * dy, c * dy - s * dx
@@ -163,8 +166,8 @@ def shade_on_ground(solids: Solids, rays: Rays, x: Tensor, y: Tensor, sun: Tenso
                     leave = torch.minimum(leave, torch.maximum(a, b))
                 lit = 1 - ((leave - enter) * 6.0).clamp(0, 1)
                 outside = torch.sqrt(((lx.abs() - hx).clamp(min=0)) ** 2 + ((ly.abs() - hy).clamp(min=0)) ** 2)
-                low = ((z - hz) < 0.7) & (hx > 0.2)
+                low = valid & ((z - hz) < 0.7) & (hx > 0.2)
                 under = 0.35 + 0.65 * (outside / 0.7).clamp(0, 1)
                 open_sky = torch.where(low, torch.minimum(open_sky, under), open_sky)
-            sunny = torch.where(one.half[..., 0:1] > 0, torch.minimum(sunny, lit), sunny)
+            sunny = torch.where(valid, torch.minimum(sunny, lit), sunny)
     return sunny, open_sky

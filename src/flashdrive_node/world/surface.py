@@ -75,10 +75,8 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
     shine(front & lamps & dark, (1.0, 0.95, 0.8))
     put((body | cargo) & rear & (uy.abs() < 0.22) & (torch.where(cargo, uz + 0.75, uz + 0.25).abs() < 0.14), _PLATE)
     put(body & (uz < -0.55) & ~side & ~top, _TYRE)
-    put(
-        is_[Finish.CABIN] & ~top & (uz.abs() < 0.80) & (uy.abs() < 0.94) | is_[Finish.CABIN] & side & (uz.abs() < 0.8),
-        _GLASS,
-    )
+    sill = torch.where(one.pixel == int(Pixel.TRUCK), 0.15, -0.8)
+    put(is_[Finish.CABIN] & ~top & (uz > sill) & (uz < 0.8) & (side | (uy.abs() < 0.94)), _GLASS)
 
     along = torch.where(side, lx, ly) + 50.0
     column, storey = along / 2.6, (lz + half[..., 2]) / 3.1
@@ -101,7 +99,9 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
 
     sign = is_[Finish.SIGN]
     rim = (uy * uy + uz * uz) > 0.80
-    put(sign & (rim | ((uz.abs() < 0.20) & (uy.abs() < 0.68))), (0.7, 0.7, 0.7))
+    letter = (uy + 0.72) / 0.36
+    letters = (uz.abs() < 0.24) & (uy.abs() < 0.72) & ((letter - torch.floor(letter) - 0.5).abs() < 0.33)
+    put(sign & (rim | letters), (0.7, 0.7, 0.7))
     put(is_[Finish.BANDED] & (uz > 0.05) & (uz < 0.45), (0.75, 0.75, 0.75))
     put(is_[Finish.CLOTHED] & (uz < -0.05), (0.035, 0.04, 0.06))
     leaves = is_[Finish.LEAVES]
