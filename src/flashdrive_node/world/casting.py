@@ -31,7 +31,7 @@ def cast_traffic(cast: Cast, chosen: Choices) -> None:
     everywhere = np.ones(len(chosen.event), bool)
     heavy = np.where(draws.chance("oncoming truck", 0.2), int(Kind.TRUCK), int(Kind.CAR))
     lane = LANE_M * (chosen.left + 1.0)
-    at = draws.uniform("first oncoming", 60, 140)
+    at: Floats = draws.uniform("first oncoming", 60, 140)
     for slot in (5, 6, 7):
         present = draws.chance(f"oncoming {slot}", 0.6)
         speed = chosen.limit * draws.uniform(f"oncoming speed {slot}", 0.8, 1.0)
