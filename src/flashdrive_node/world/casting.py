@@ -55,8 +55,8 @@ def cast_traffic(cast: Cast, chosen: Choices) -> None:
         )
     strip = chosen.parking & ~chosen.picks(Scenario.PEDESTRIAN, Scenario.STOP_SIGN, Scenario.CROSS_TRAFFIC)
     strip &= ~chosen.picks(Scenario.RED_LIGHT, Scenario.GREEN_LIGHT, Scenario.PARKED_CAR)
-    d = -(0.5 * LANE_M + 1.15)
-    cast.put(strip & draws.chance("parked", 0.8), 10, Kind.CAR, s=draws.uniform("parked s", 25, 90), d=d)
+    in_strip = -(0.5 * LANE_M + 1.15)
+    cast.put(strip & draws.chance("parked", 0.8), 10, Kind.CAR, s=draws.uniform("parked s", 25, 90), d=in_strip)
     walker = draws.chance("walker", 0.6) & everywhere
     d = -(LANE_M * (chosen.right + 0.5) + chosen.shoulder + 1.6)
     cast.put(walker, 11, Kind.PEDESTRIAN, s=draws.uniform("walker s", 20, 110), d=d, speed=1.2, direction=1)
@@ -85,7 +85,7 @@ def _leads(cast: Cast, chosen: Choices) -> None:
         schedule=((when, 0.0), (when + steps[:, 0], crawl), (when + steps[:, 1], 0.0), (when + steps[:, 2], crawl)),
         brake=2.5,
     )  # fmt: skip
-    queue = chosen.picks(Scenario.RED_LIGHT, Scenario.GREEN_LIGHT) & draws.chance("queue at light", 0.4)
+    queue = chosen.picks(Scenario.RED_LIGHT, Scenario.GREEN_LIGHT) & draws.chance("queue at light", 0.3)
     cast.put(queue, 0, truck, s=gap, d=0, speed=start * 0.95, direction=1)
     company = chosen.turning & draws.chance("lead in turn", 0.25)
     cast.put(company, 0, Kind.CAR, s=gap, d=0, speed=start * 0.9, direction=1)
@@ -124,8 +124,8 @@ def _beside_the_lane(cast: Cast, chosen: Choices) -> None:
     coned = chosen.picks(Scenario.CONES)
     reach = draws.uniform("cones reach", 0.5, 1.3)
     for slot in range(5):
-        d = -0.5 * LANE_M + reach * min(1.0, slot / 2)
-        cast.put(coned, slot, Kind.CONE, s=chosen.event + 4.0 * slot, d=d, nudge=1)
+        inwards = -0.5 * LANE_M + reach * min(1.0, slot / 2)
+        cast.put(coned, slot, Kind.CONE, s=chosen.event + 4.0 * slot, d=inwards, nudge=1)
 
 
 def _crossers(cast: Cast, chosen: Choices) -> None:
@@ -149,7 +149,7 @@ def _crossers(cast: Cast, chosen: Choices) -> None:
     _crossing_car(cast, chosen, across, 1, np.maximum(chosen.yellow + 3.0, 0) + draws.uniform("cross after", 2.0, 4.0))
     yielding = chosen.picks(Scenario.CROSS_TRAFFIC)
     arrival = chosen.event / np.maximum(chosen.start, 1.0)
-    _crossing_car(cast, chosen, yielding, 0, arrival + draws.uniform("cross first", -0.5, 2.5))
+    _crossing_car(cast, chosen, yielding, 0, arrival + draws.uniform("cross first", 0.3, 2.8))
     again = (yielding | chosen.picks(Scenario.STOP_SIGN)) & draws.chance("cross again", 0.5)
     _crossing_car(cast, chosen, again, 1, arrival + draws.uniform("cross second", 4, 8))
 

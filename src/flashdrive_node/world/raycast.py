@@ -82,7 +82,8 @@ def take(solids: Solids, index: Tensor) -> Solids:
             return chosen.reshape(*index.shape, field.shape[2])
         return field.gather(1, flat).reshape(index.shape)
 
-    return Solids(*[pick(f) for f in solids[:-1]], round=solids.round[index])
+    fields = {name: pick(field) for name, field in solids._asdict().items() if name != "round"}
+    return Solids(**fields, round=solids.round[index])
 
 
 def _box_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:

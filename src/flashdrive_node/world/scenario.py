@@ -124,7 +124,7 @@ class Choices:
         gentle = self.picks(Scenario.CRUISE, Scenario.SLOW_LEAD, Scenario.BRAKING_LEAD, Scenario.STOP_AND_GO)
         gentle |= self.picks(Scenario.CUT_IN, Scenario.PARKED_CAR, Scenario.CYCLIST, Scenario.LANE_CHANGE)
         side = draws.sign("bend side")
-        sharp = draws.uniform("curve radius", 20, 50)
+        sharp = draws.uniform("curve radius", 16, 38)
         lengths[:, 0] = _BEHIND_M + np.where(curve, self.event, draws.uniform("first bend", 15, 70))
         lengths[:, 1] = np.where(curve, sharp * draws.uniform("turn by", 0.6, 1.4), draws.uniform("bend", 40, 110))
         lengths[:, 2] = draws.uniform("between bends", 15, 70)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flashdrive_node.world.scene import LANE_M, Control, Kind, Scene
 from flashdrive_node.world.state import State, agent_poses
-from flashdrive_node.world.traffic import scheduled_speed
 
 
 class Pixel(IntEnum):
@@ -141,8 +140,7 @@ def _vehicles(pile: _Pile) -> None:
     paint = _table(_PAINTS, x)[agents.paint % len(_PAINTS)]
     car, truck = agents.kind == int(Kind.CAR), agents.kind == int(Kind.TRUCK)
     # Brake lights are on while slowing down and while standing in traffic.
-    wanted = scheduled_speed(scene, state.time_s)
-    slowing = (wanted < state.agent_speed - 0.1) | (state.agent_speed < 0.3)
+    slowing = (state.agent_accel < -0.5) | (state.agent_speed < 0.3)
     signal = (slowing & (agents.direction != 0)).long()
     length, w, h = agents.length, agents.width, agents.height
     pixel = torch.where(truck, int(Pixel.TRUCK), int(Pixel.CAR))

@@ -39,6 +39,8 @@ class State:
     agent_s: Tensor
     agent_d: Tensor
     agent_speed: Tensor
+    #: Along the road, in the last step.
+    agent_accel: Tensor
     #: Speed to the left.
     agent_rate: Tensor
     #: It has begun to move sideways.
@@ -73,6 +75,7 @@ def first_state(scene: Scene) -> State:
         agent_s=agents.s0,
         agent_d=agents.d0,
         agent_speed=agents.speeds[:, :, 0],
+        agent_accel=still,
         agent_rate=still,
         agent_moving=torch.zeros_like(agents.s0, dtype=torch.bool),
     )

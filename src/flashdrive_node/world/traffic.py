@@ -91,6 +91,7 @@ def advance_agents(scene: Scene, state: State) -> dict[str, Tensor]:
         "agent_s": s,
         "agent_d": state.agent_d + rate * DT_S,
         "agent_speed": after,
+        "agent_accel": (after - speed) / DT_S,
         "agent_rate": rate,
         "agent_moving": moving,
     }

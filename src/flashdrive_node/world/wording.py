@@ -7,17 +7,11 @@ import numpy as np
 from flashdrive_node.world.draws import mix
 from flashdrive_node.world.expert import Cause
 from flashdrive_node.world.reasoning import Pace, Reason, Start
-from flashdrive_node.world.scene import NOWHERE_M, Kind, Scene
+from flashdrive_node.world.scene import NOWHERE_M, Scene
 from flashdrive_node.world.state import State
 from flashdrive_node.world.steering import Manoeuvre
 
-_NAMES = {
-    Kind.CAR: "car",
-    Kind.TRUCK: "truck",
-    Kind.CYCLIST: "cyclist",
-    Kind.PEDESTRIAN: "pedestrian",
-    Kind.CONE: "cone",
-}
+_NAMES = ("vehicle", "car", "truck", "cyclist", "pedestrian", "cone")  # by `Kind`
 
 #: Wordings by cause and pace; {who} is the agent, {side} where it comes from.
 _LONGITUDINAL: dict[Cause, dict[Pace, tuple[str, ...]]] = {
