@@ -43,6 +43,8 @@ class Rays(NamedTuple):
     direction: Tensor
     #: Camera position [3], metres.
     origin: Tensor
+    #: Horizontal direction of the camera's axis [2].
+    axis: Tensor
     #: Middle and half width of every tile's azimuth from the camera's axis [T], radians.
     tile_azimuth: Tensor
     tile_reach: Tensor
@@ -83,6 +85,7 @@ def camera_rays(camera: Camera, width: int, height: int, device: torch.device | 
     return Rays(
         direction.float().to(device),
         torch.tensor(camera.position, dtype=torch.float32, device=device),
+        torch.tensor((math.cos(yaw), math.sin(yaw)), dtype=torch.float32, device=device),
         ((low + high) / 2).float().to(device),
         ((high - low) / 2).float().to(device),
         pixel,

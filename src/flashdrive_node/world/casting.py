@@ -149,7 +149,7 @@ def _crossers(cast: Cast, chosen: Choices) -> None:
     _crossing_car(cast, chosen, across, 1, np.maximum(chosen.yellow + 3.0, 0) + draws.uniform("cross after", 2.0, 4.0))
     yielding = chosen.picks(Scenario.CROSS_TRAFFIC)
     arrival = chosen.event / np.maximum(chosen.start, 1.0)
-    _crossing_car(cast, chosen, yielding, 0, arrival + draws.uniform("cross first", 0.3, 2.8))
+    _crossing_car(cast, chosen, yielding, 0, arrival + draws.uniform("cross first", -1.2, 1.5))
     again = (yielding | chosen.picks(Scenario.STOP_SIGN)) & draws.chance("cross again", 0.5)
     _crossing_car(cast, chosen, again, 1, arrival + draws.uniform("cross second", 4, 8))
 

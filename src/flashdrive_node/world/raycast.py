@@ -37,8 +37,7 @@ def nearest_per_tile(
         count: How many.
     """
     offset = solids.centre[:, :, :2] - rays.origin[:2]
-    axis = rays.direction.reshape(-1, 3).mean(dim=0)
-    axis = axis[:2] / axis[:2].norm()
+    axis = rays.axis
     forward = offset[..., 0] * axis[0] + offset[..., 1] * axis[1]
     left = offset[..., 1] * axis[0] - offset[..., 0] * axis[1]
     distance = torch.sqrt(forward * forward + left * left).clamp(min=1e-3)
@@ -55,8 +54,8 @@ def nearest_per_tile(
 
 def cast(solids: Solids, rays: Rays) -> Hit:
     """The nearest solid along every ray."""
-    scenes, tiles, pixels = solids.yaw.shape[0], *rays.direction.shape[:2]
-    best = torch.full((scenes, tiles, pixels), FAR_M, device=solids.yaw.device)
+    scenes, tiles, pixels = solids.cos.shape[0], *rays.direction.shape[:2]
+    best = torch.full((scenes, tiles, pixels), FAR_M, device=solids.cos.device)
     which = torch.zeros((scenes, tiles, pixels), dtype=torch.long, device=best.device)
     for is_round, count in ((False, BOXES_PER_TILE), (True, ROUNDS_PER_TILE)):
         listed, there = nearest_per_tile(solids, rays, is_round, 0.0, count)
@@ -88,7 +87,7 @@ def take(solids: Solids, index: Tensor) -> Solids:
 
 def _box_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:
     """Distance to a box per tile: solids [S, T], origin [S, T, 3], directions [1, T, P, 3] -> [S, T, P]."""
-    c, s = one.yaw.cos()[..., None], one.yaw.sin()[..., None]
+    c, s = one.cos[..., None], one.sin[..., None]
     ox, oy = origin[..., 0:1], origin[..., 1:2]
     local = (
         (c * ox + s * oy, c * d[..., 0] + s * d[..., 1]),
@@ -109,7 +108,7 @@ def _box_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:
 
 def _round_distance(one: Solids, origin: Tensor, d: Tensor) -> Tensor:
     """Distance to an ellipsoid per tile, as `_box_distance`."""
-    c, s = one.yaw.cos()[..., None], one.yaw.sin()[..., None]
+    c, s = one.cos[..., None], one.sin[..., None]
     hx, hy, hz = (one.half[..., i : i + 1].clamp(min=1e-3) for i in range(3))
     ox, oy = origin[..., 0:1], origin[..., 1:2]
     px, py, pz = (c * ox + s * oy) / hx, (c * oy - s * ox) / hy, origin[..., 2:3] / hz
@@ -144,7 +143,7 @@ def shade_on_ground(solids: Solids, rays: Rays, x: Tensor, y: Tensor, sun: Tenso
         for i in range(listed.shape[2]):
             one, valid = take(solids, listed[:, :, i]), there[:, :, i, None]
             dx, dy = x - one.centre[..., 0:1], y - one.centre[..., 1:2]
-            c, s = one.yaw.cos()[..., None], one.yaw.sin()[..., None]
+            c, s = one.cos[..., None], one.sin[..., None]
             lx, ly = c * dx + s * dy, c * dy - s * dx
             vx = c * toward[..., 0] + s * toward[..., 1]
             vy = c * toward[..., 1] - s * toward[..., 0]

@@ -51,8 +51,9 @@ class Solids(NamedTuple):
 
     #: Middle [S, M, 3], metres, vehicle frame.
     centre: Tensor
-    #: Heading [S, M], radians.
-    yaw: Tensor
+    #: Cosine and sine of the heading [S, M], from double precision so that every device has the same.
+    cos: Tensor
+    sin: Tensor
     #: Half extents along the own axes [S, M, 3], metres; zero for what is not there.
     half: Tensor
     #: [S, M, 3], linear RGB.
@@ -99,24 +100,17 @@ class _Pile:
             halves = torch.where(where[:, :, None], halves, torch.zeros_like(halves))
         colour = colour.to(x.dtype).expand(*x.shape, 3)
         turned = yaw - self.state.yaw[:, None]
-        self.columns.append((centre, turned, halves, colour, full(pixel), full(finish), full(signal)))
+        self.columns.append(
+            (centre, turned.cos(), turned.sin(), halves, colour, full(pixel), full(finish), full(signal))
+        )
         self.round += [is_round] * x.shape[1]
 
     def solids(self) -> Solids:
-        centre, yaw, half, colour, pixel, finish, signal = (
-            torch.cat(c, dim=1) for c in zip(*self.columns, strict=True)
-        )
-        is_round = torch.tensor(self.round, device=yaw.device)
-        return Solids(
-            centre.float(),
-            yaw.float(),
-            half.float(),
-            colour.float(),
-            pixel.long(),
-            finish.long(),
-            signal.float(),
-            is_round,
-        )
+        """All that were added."""
+        columns = [torch.cat(column, dim=1).float() for column in zip(*self.columns, strict=True)]
+        centre, cos, sin, half, colour, pixel, finish, signal = columns
+        is_round = torch.tensor(self.round, device=cos.device)
+        return Solids(centre, cos, sin, half, colour, pixel.long(), finish.long(), signal, is_round)
 
 
 def build_solids(scene: Scene, state: State) -> Solids:

@@ -33,7 +33,7 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
     one = take(solids, hit.solid)
     half = one.half.clamp(min=1e-3)
     offset = rays.origin + hit.distance.clamp(max=1e3)[..., None] * rays.direction[None] - one.centre
-    c, s = one.yaw.cos(), one.yaw.sin()
+    c, s = one.cos, one.sin
     local = torch.stack(
         (c * offset[..., 0] + s * offset[..., 1], c * offset[..., 1] - s * offset[..., 0], offset[..., 2]), -1
     )
