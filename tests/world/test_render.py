@@ -82,16 +82,17 @@ def test_the_lead_is_where_it_is(episode: Episode) -> None:
     scene, state = select(episode.scene, rows), select(episode.states[step], rows)
     x, y, _ = agent_poses(scene, state)
     gap = torch.sqrt((x[:, 0] - state.x) ** 2 + (y[:, 0] - state.y) ** 2) - 0.5 * scene.agents.length[:, 0] - 1.75
+    bearing = torch.atan2(y[:, 0] - state.y, x[:, 0] - state.x) - state.yaw
     middle = view.distance[:, HEIGHT // 2 + 1, WIDTH // 2]
     kind = view.pixel[:, HEIGHT // 2 + 1, WIDTH // 2].long()
-    seen = gap < 40
-    assert seen.sum() > 4
+    seen = (gap < 40) & (bearing.abs() < 0.01)
+    assert seen.sum() > 3
     assert ((kind == int(Pixel.CAR)) | (kind == int(Pixel.TRUCK)))[seen].all()
     assert ((middle - gap).abs() < 1.5)[seen].all()
 
 
 def test_lights_show_their_colour() -> None:
-    scene = sample_scenes(scene_keys("validation", range(40)), Scenario.RED_LIGHT)
+    scene = sample_scenes(scene_keys("validation", range(16)), Scenario.RED_LIGHT)
     state = first_state(scene)
     ahead = scene.stop_line_s - 30.0
     moved = {**vars(state), "x": ahead, "s": ahead, "time_s": scene.light_times[:, 1] + 1.0}
@@ -103,7 +104,7 @@ def test_lights_show_their_colour() -> None:
         assert lamp.flatten(1).any(dim=1).double().mean() > 0.9
         colours = view.image[lamp].double()
         bright = colours[colours.amax(dim=1) > 180]
-        assert len(bright) > 20
+        assert len(bright) > 10
         assert (bright.argmax(dim=1) == channel).double().mean() > 0.9
 
 
@@ -111,7 +112,7 @@ def test_what_sight_says_is_in_the_pictures(episode: Episode) -> None:
     """Agents near enough to be evidence show in at least one camera; what no camera shows is not evidence."""
     step, checked = 40, 0
     pixels = {Kind.CAR: Pixel.CAR, Kind.TRUCK: Pixel.TRUCK, Kind.PEDESTRIAN: Pixel.PEDESTRIAN, Kind.CONE: Pixel.CONE}
-    rows = torch.arange(0, len(episode.scene), 5)
+    rows = torch.arange(0, len(episode.scene), 9)
     scene, state = select(episode.scene, rows), select(episode.states[step], rows)
     seen = sight(scene, state).agents
     shown = [render(scene, state, c, 256, 144).pixel.flatten(1).long() for c in CAMERAS]
@@ -122,7 +123,7 @@ def test_what_sight_says_is_in_the_pictures(episode: Episode) -> None:
         checked += int(claimed.sum())
         # Buildings and trees, which sight ignores, may hide a distant one.
         assert (claimed & ~visible).double().sum() <= max(1.0, 0.1 * float(claimed.sum())), kind
-    assert checked > 30
+    assert checked > 20
 
 
 def test_token_labels_pool_the_view(episode: Episode) -> None:
@@ -158,7 +159,7 @@ def test_supersampling_averages_rays(episode: Episode) -> None:
 
 
 def test_pictures_are_the_recorded_ones() -> None:
-    """Coarse colours and classes of four cameras: small enough to compare, and any change of the world shows in them."""
+    """Coarse colours and classes of four cameras: any change of the world shows in them."""
     scene = sample_scenes(scene_keys("test", [0]), Scenario.PEDESTRIAN)
     for camera, (mean, classes) in zip(CAMERAS, GOLDEN, strict=True):
         view = render(scene, first_state(scene), camera, WIDTH, HEIGHT)

@@ -48,8 +48,8 @@ class Rays(NamedTuple):
     #: Middle and half width of every tile's azimuth from the camera's axis [T], radians.
     tile_azimuth: Tensor
     tile_reach: Tensor
-    #: Angle between neighbouring pixels, radians.
-    pixel_angle: float
+    #: Angle between neighbouring pixels [], radians.
+    pixel_angle: Tensor
     height: int
     width: int
 
@@ -88,7 +88,7 @@ def camera_rays(camera: Camera, width: int, height: int, device: torch.device | 
         torch.tensor((math.cos(yaw), math.sin(yaw)), dtype=torch.float32, device=device),
         ((low + high) / 2).float().to(device),
         ((high - low) / 2).float().to(device),
-        pixel,
+        torch.tensor(pixel, dtype=torch.float32, device=device),
         height,
         width,
     )

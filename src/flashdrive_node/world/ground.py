@@ -104,8 +104,13 @@ def _per_scene(value: Tensor) -> Tensor:
     return value.float()[:, None, None]
 
 
+def rgb_like(like: Tensor, rgb: tuple[float, ...]) -> Tensor:
+    """A colour [3] beside a tensor, filled on its device: a copy from the host would make the device wait."""
+    return torch.stack([like.new_full((), value) for value in rgb])
+
+
 def _flat(colour: tuple[float, float, float], noise: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.tensor(colour, dtype=torch.float32, device=noise[0].device)
+    return rgb_like(noise[0], colour)
 
 
 def _mix(under: Tensor, over: Tensor, share: Tensor) -> Tensor:

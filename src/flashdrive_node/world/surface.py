@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.world.camera import Rays
-from flashdrive_node.world.ground import value_noise
+from flashdrive_node.world.ground import rgb_like, value_noise
 from flashdrive_node.world.raycast import Hit, take
 from flashdrive_node.world.scene import Light
 from flashdrive_node.world.solids import Finish, Pixel, Solids
@@ -53,11 +53,11 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
 
     def put(where: Tensor, rgb: tuple[float, ...]) -> None:
         nonlocal colour
-        colour = torch.where(where[..., None], torch.tensor(rgb, device=u.device), colour)
+        colour = torch.where(where[..., None], rgb_like(u, rgb), colour)
 
     def shine(where: Tensor, rgb: tuple[float, ...]) -> None:
         nonlocal glow
-        glow = torch.where(where[..., None], torch.tensor(rgb, device=u.device), glow)
+        glow = torch.where(where[..., None], rgb_like(u, rgb), glow)
 
     wheel_z = lz + half[..., 2]
     body, cargo = is_[Finish.BODY], is_[Finish.CARGO]
@@ -84,7 +84,7 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
     pane = is_[Finish.WINDOWS] & ~top & ((fx - 0.5).abs() < 0.27) & ((fz - 0.55).abs() < 0.25) & (uz < 0.92)
     # Windows that are smaller than a pixel would flicker: they melt into the wall.
     blur = (hit.distance * rays.pixel_angle / 1.2).clamp(0, 1)[..., None]
-    glass = torch.tensor((0.06, 0.075, 0.095), device=u.device)
+    glass = rgb_like(u, (0.06, 0.075, 0.095))
     wall = colour
     colour = torch.where(pane[..., None], glass + (wall - glass) * blur, colour)
     lit = value_noise(torch.floor(column) * 1.0, torch.floor(storey) * 1.0, hit.solid) > 0.55
