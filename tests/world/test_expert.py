@@ -9,7 +9,7 @@ from flashdrive_node.model.action_space import ActionSpace
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.episode import FUTURE, Episode
-from flashdrive_node.world.faults import boxes_overlap
+from flashdrive_node.world.faults import Faults, boxes_overlap, faults, no_faults
 from flashdrive_node.world.scenario import sample_scenes
 from flashdrive_node.world.scene import DT_S, Scenario
 from flashdrive_node.world.simulation import advance
@@ -116,3 +116,25 @@ def test_boxes_overlap_when_they_do() -> None:
     # Corners cross although neither middle is inside the other, and a gap that only a turned axis shows.
     assert boxes_overlap(box(0, 0, 0), box(2.6, 1.6, np.pi / 4)).all()
     assert not boxes_overlap(box(0, 0, 0), box(3.6, 2.3, np.pi / 4)).any()
+
+
+def test_driving_blindly_goes_wrong_in_every_way() -> None:
+    """The checks that the expert passes fail for somebody who keeps the speed and the heading."""
+    scene = sample_scenes(scene_keys("test", np.arange(190)))
+    state, wrong = first_state(scene), no_faults(scene)
+    for _ in range(160):
+        after, _ = advance(scene, state, torch.zeros(len(scene), 2, dtype=torch.float64))
+        wrong = Faults(*(a | b for a, b in zip(wrong, faults(scene, state, after), strict=True)))
+        state = after
+
+    def share(fault: torch.Tensor, scenario: Scenario) -> float:
+        return float(fault[scene.scenario == int(scenario)].double().mean())
+
+    assert share(wrong.red_light, Scenario.RED_LIGHT) > 0.7
+    assert share(wrong.stop_sign, Scenario.STOP_SIGN) > 0.9
+    assert share(wrong.off_road, Scenario.CURVE) > 0.9
+    assert share(wrong.off_road, Scenario.MERGE) > 0.6
+    assert share(wrong.front_collision, Scenario.STOP_AND_GO) > 0.9
+    assert share(wrong.pedestrian, Scenario.PEDESTRIAN) > 0.1
+    assert wrong.other_collision.any()
+    assert wrong.any.double().mean() > 0.6

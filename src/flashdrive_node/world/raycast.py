@@ -59,7 +59,7 @@ def cast(solids: Solids, rays: Rays) -> Hit:
     which = torch.zeros((scenes, tiles, pixels), dtype=torch.long, device=best.device)
     for is_round, count in ((False, BOXES_PER_TILE), (True, ROUNDS_PER_TILE)):
         listed, there = nearest_per_tile(solids, rays, is_round, 0.0, count)
-        for i in range(listed.shape[2]):
+        for i in range(_needed(there)):
             index = listed[:, :, i]
             one = take(solids, index)
             origin = rays.origin[None, None] - one.centre
@@ -69,6 +69,13 @@ def cast(solids: Solids, rays: Rays) -> Hit:
             best = torch.where(nearer, far, best)
             which = torch.where(nearer, index[..., None], which)
     return Hit(best, which)
+
+
+def _needed(there: Tensor) -> int:
+    """How many of the listed solids any tile has: [S, T, count]. A GPU would wait for the answer, so it takes all."""
+    if there.device.type != "cpu" or torch.compiler.is_compiling():
+        return there.shape[2]
+    return int(there.sum(dim=2).max())
 
 
 def take(solids: Solids, index: Tensor) -> Solids:
@@ -140,7 +147,7 @@ def shade_on_ground(solids: Solids, rays: Rays, x: Tensor, y: Tensor, sun: Tenso
     toward = sun[:, None, None, None, :].expand(-1, 1, 1, 1, -1)[:, 0]
     for is_round, count in ((False, 12), (True, 8)):
         listed, there = nearest_per_tile(solids, rays, is_round, reach, count)
-        for i in range(listed.shape[2]):
+        for i in range(_needed(there)):
             one, valid = take(solids, listed[:, :, i]), there[:, :, i, None]
             dx, dy = x - one.centre[..., 0:1], y - one.centre[..., 1:2]
             c, s = one.cos[..., None], one.sin[..., None]
