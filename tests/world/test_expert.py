@@ -134,7 +134,7 @@ def test_driving_blindly_goes_wrong_in_every_way() -> None:
     assert share(wrong.stop_sign, Scenario.STOP_SIGN) > 0.9
     assert share(wrong.off_road, Scenario.CURVE) > 0.9
     assert share(wrong.off_road, Scenario.MERGE) > 0.6
-    assert share(wrong.front_collision, Scenario.STOP_AND_GO) > 0.9
+    assert share(wrong.front_collision | wrong.off_road, Scenario.STOP_AND_GO) > 0.9  # the road may bend
     assert share(wrong.pedestrian, Scenario.PEDESTRIAN) > 0.1
     assert wrong.other_collision.any()
     assert wrong.any.double().mean() > 0.6

@@ -30,7 +30,7 @@ class View(NamedTuple):
     distance: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def render(
     scene: Scene, state: State, camera: Camera, width: int, height: int, samples: int = 1, compiled: bool = False
 ) -> View:
