@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.episode import Episode, record
@@ -13,11 +12,6 @@ from flashdrive_node.world.scene import Scenario
 
 #: Of the recorded drives: history, 6.4 s of future, and some windows between.
 STEPS = 140
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
