@@ -15,6 +15,7 @@ from typing import Any
 
 from flashdrive_node.model.checkpoint_writer import random_checkpoint
 from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 
 
@@ -35,7 +36,7 @@ def small_alpamayo() -> AlpamayoConfig:
         "out_hidden_size": 64,
     }
     model["expert_cfg"] |= {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 128}
-    return AlpamayoConfig.from_dicts(model, vlm, "small Alpamayo 1.5")
+    return parse_config(model, vlm, "small Alpamayo 1.5")
 
 
 def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
