@@ -197,6 +197,12 @@ def services(bench: Bench, node: NodeProcess, observer: Observer) -> None:
     observer.wait_status("inference", ERROR, "withheld: curvature", since_s=time.monotonic())
     assert node.set_parameters(max_curvature=0.3) == []
     observer.wait_count(1)
+    # The same for the clock: everything that was received under the other one is of no use.
+    start_s = time.monotonic()
+    assert node.set_parameters(use_sim_time=True) == []
+    observer.wait_status("inference", WARN, "use_sim_time was switched", since_s=start_s)
+    assert node.set_parameters(use_sim_time=False) == []
+    observer.wait_count(2)
     assert node.change("deactivate")
     answer = bench.call(SetBool, f"{node.full_name}/pause", SetBool.Request(data=True))
     assert not answer.success

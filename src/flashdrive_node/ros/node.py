@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
+from rclpy.clock import Clock, ClockChange, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.lifecycle.node import LifecycleNode
@@ -291,9 +291,12 @@ class FlashdriveNode(LifecycleNode):
         return response
 
     def _on_clock_jump(self, jump: TimeJump) -> None:
+        if self._pipeline is None:
+            return
+        if jump.clock_change in (ClockChange.ROS_TIME_ACTIVATED, ClockChange.ROS_TIME_DEACTIVATED):
+            self._pipeline.reset("clock_change", "use_sim_time was switched")
         # The first /clock of a simulation is no jump: there was no time before it.
-        first = self.get_clock().now().nanoseconds == jump.delta.nanoseconds
-        if self._pipeline is not None and not first:
+        elif self.get_clock().now().nanoseconds != jump.delta.nanoseconds:
             self._pipeline.reset("clock_jump", f"the clock jumped by {jump.delta.nanoseconds / 1e9:+.3f} s")
 
     # Parameters
