@@ -17,6 +17,7 @@ import numpy as np
 import rclpy
 from builtin_interfaces.msg import Time
 from nav_msgs.msg import Odometry
+from numpy.typing import NDArray
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage
@@ -33,6 +34,8 @@ _ODOMETRY_HZ = 50.0
 #: Pictures per camera that are drawn and compressed beforehand and then sent in turn.
 _PICTURES = 6
 _WARM_UP_S = 3.0
+#: Standard deviation of the sensor noise in grey levels: drawn pictures alone would be small files, quickly decoded.
+_NOISE = 3.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def measure(options: BurstOptions, folder: Path) -> Overhead:
         )
     return Overhead(
         options=options,
-        bursts=round(wall * options.rate_hz),
+        bursts=round(options.seconds * options.rate_hz),
         windows=len(measured),
         image_kib=image_kib,
         input_to_engine_ms=_of(measured, "input_to_engine"),
@@ -187,6 +190,7 @@ def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, secon
     """The cameras' process: draws a few pictures, waits for the node, then sends bursts and odometry."""
     rig = load_rig(rig_file)
     drive = Drive(seconds)
+    noise = np.random.default_rng(0).normal(0.0, _NOISE, (height, width, 3))
     pictures: dict[int, list[array[int]]] = {}
     for camera in rig.cameras:
         views = (drive.draw(0.5 * k, camera.index, width, height) for k in range(_PICTURES))
@@ -222,6 +226,11 @@ def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, secon
     node.destroy_node()
     rclpy.try_shutdown()
     return 0
+
+
+def _jpeg(picture: NDArray[np.uint8], noise: NDArray[np.float64]) -> bytes:
+    noisy = np.clip(picture[..., ::-1] + noise, 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
 def _odometry(drive: Drive, time_s: float, start_ns: int, base_frame: str) -> Odometry:
