@@ -108,7 +108,7 @@ def measure(options: BurstOptions, folder: Path) -> Overhead:
     Raises:
         SessionError: The node could not be started.
     """
-    rig_file = _rig_at_rate(folder, options.rate_hz)
+    rig_file, load = _rig_at_rate(folder, options.rate_hz), os.getloadavg()[0]
     session = SessionOptions(
         rig=str(rig_file),
         folder=folder,
@@ -156,7 +156,7 @@ def measure(options: BurstOptions, folder: Path) -> Overhead:
         node_cpu_percent=100.0 * cpu / wall,
         received_share=received / max(sent, 1),
         conditions=f"{_cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"OpenCV {cv2.__version__}, Fast DDS over shared memory",
+        f"OpenCV {cv2.__version__}, Fast DDS over shared memory, load average before the run {load:.1f}",
     )
 
 

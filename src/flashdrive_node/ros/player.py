@@ -76,6 +76,8 @@ class PlayResult:
 
     messages: dict[str, int] = field(default_factory=dict)
     loops: int = 0
+    #: Where playing started, seconds after the start of the recording.
+    start_offset_s: float = 0.0
     #: Bag time played, without repetitions of a loop, and wall time taken.
     played_s: float = 0.0
     wall_s: float = 0.0
@@ -119,14 +121,13 @@ def play(node: Node, options: PlayOptions, on_progress: OnProgress | None = None
         required = [rig.odometry_topic, *(camera.topic for camera in rig.cameras)]
         waited = [publishers[c.id] for c in connections if c.topic in required]
         _wait_for_subscribers(waited, clock, start, options.wait_s)
-        result = PlayResult(messages={c.topic: 0 for c in connections})
+        result = PlayResult(messages={c.topic: 0 for c in connections}, start_offset_s=options.start_offset_s)
         began = time.monotonic()
         try:
             while True:
                 end = _play_once(
                     messages(reader, connections, start, stop), publishers, clock, start, options, result, on_progress
                 )
-                result.played_s = (end - start) / 1e9
                 if not options.loop:
                     break
                 result.loops += 1
@@ -163,6 +164,7 @@ def _play_once(
         result.late_mean_ms += late_ms
         result.late_max_ms = max(result.late_max_ms, late_ms)
         result.messages[connection.topic] += 1
+        result.played_s = max(result.played_s, (stamp - start_ns) / 1e9)
         if on_progress is not None:
             on_progress((stamp - start_ns) / 1e9)
     return stamp
