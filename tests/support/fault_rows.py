@@ -190,7 +190,12 @@ ROWS: Sequence[FaultRow] = (
         NOTHING,
         (
             Says("odometry", ERROR, "odometry at ... s has a value that is not finite"),
-            Says("inference", ERROR, "no window: newest odometry is ... ms older than the newest frame"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: newest odometry is ... ms older than the newest frame; refused: odometry at ... s has a "
+                "value that is not finite",
+            ),
         ),
         WITH_HISTORY,
         cause.odometry(cause.not_finite),
