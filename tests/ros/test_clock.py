@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from support.node_process import Bench, NodeProcess
 from support.observer import ERROR, Observer
 from support.vehicle import Camera, Vehicle, write_rig
