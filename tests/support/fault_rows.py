@@ -345,7 +345,7 @@ ROWS: Sequence[FaultRow] = (
             Says("inference", WARN, "starting: reset by activated; ..."),
             Says("inference", OK, "running: ..."),
         ),
-        "with the start; nothing is left over from the killed process",
+        "with the start, when discovery has found the new process (a few seconds)",
         cause.kill_and_restart,
         watch_s=0.0,
     ),
