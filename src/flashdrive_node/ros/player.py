@@ -32,6 +32,8 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 from flashdrive_node.runtime.bag import BagError, messages, open_bag, select
 from flashdrive_node.runtime.rig import RigError, load_rig
 
+#: Of commands that take as long as a recording.
+PROGRESS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of the recording [{elapsed}<{remaining}]"
 #: Called with the bag time since the start of the recording in seconds.
 OnProgress = Callable[[float], None]
 
@@ -261,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         total = min(total, options.duration_s or total)
         rclpy.init(args=[])
         node = Node("flashdrive_player", enable_rosout=False, start_parameter_services=False)
-        with tqdm(total=round(total, 1), unit="s", disable=quiet, desc="replay", bar_format=_BAR) as bar:
+        with tqdm(total=round(total, 1), unit="s", disable=quiet, desc="replay", bar_format=PROGRESS_BAR) as bar:
 
             def show(played_s: float) -> None:
                 bar.n = round(played_s, 1)
@@ -278,8 +280,6 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return 130 if result.interrupted else 0
 
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of the recording [{elapsed}<{remaining}]"
 
 if __name__ == "__main__":
     sys.exit(main())
