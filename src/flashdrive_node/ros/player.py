@@ -118,7 +118,9 @@ def play(node: Node, options: PlayOptions, on_progress: OnProgress | None = None
                 f"{reader.duration / 1e9:.3f} s"
             )
         stop = None if options.duration_s is None else start + round(options.duration_s * 1e9)
-        publishers = {c.id: node.create_publisher(message_class(c.msgtype), c.topic, _qos(c)) for c in connections}
+        publishers = {
+            c.id: node.create_publisher(message_class(c.msgtype), c.topic, publisher_qos(c)) for c in connections
+        }
         clock = _ClockPublisher(node, options.clock_hz)
         required = [rig.odometry_topic, *(camera.topic for camera in rig.cameras)]
         waited = [publishers[c.id] for c in connections if c.topic in required]
@@ -223,7 +225,7 @@ def _wait_for_subscribers(publishers: list[Publisher], clock: _ClockPublisher, s
         time.sleep(0.05)
 
 
-def _qos(connection: Connection) -> QoSProfile:
+def publisher_qos(connection: Connection) -> QoSProfile:
     """Reliable, which every subscriber accepts; latched topics stay latched, and the depth is at least the bag's."""
     offered = getattr(connection.ext, "offered_qos_profiles", [])
     latched = any(q.durability == QosDurability.TRANSIENT_LOCAL for q in offered)
