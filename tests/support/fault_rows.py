@@ -40,6 +40,15 @@ ROWS: Sequence[FaultRow] = (
         cause.heal,
     ),
     FaultRow(
+        "A camera sends five times as fast as the rig says",
+        GOES_ON,
+        (Says("camera left", WARN, "... Hz, 10 Hz are expected (do two drivers publish it?)"),),
+        WITH_FRAMES,
+        cause.second_driver,
+        cause.heal,
+        keeps_stream=True,
+    ),
+    FaultRow(
         "JPEG files are cut",
         NOTHING,
         (

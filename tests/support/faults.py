@@ -212,6 +212,20 @@ def heal(scene: Scene) -> None:
     scene.vehicle.odometry_fault = None
 
 
+def second_driver(scene: Scene) -> None:
+    """Four further frames between any two, as if the rig knew the wrong rate or two drivers published."""
+    camera = scene.vehicle.cameras[COMPRESSED]
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        scene.vehicle.publish_image(COMPRESSED, message)
+        stamp_ns = to_ns(message.header.stamp)
+        for i in range(1, 4):
+            scene.vehicle.publish_image(COMPRESSED, camera.message(number, stamp_ns + i * 20_000_000))
+        return camera.message(number, stamp_ns + 80_000_000)
+
+    camera.fault = fault
+
+
 def resize(scene: Scene) -> None:
     scene.vehicle.cameras[COMPRESSED].width, scene.vehicle.cameras[COMPRESSED].height = SIZE[0] * 2, SIZE[1] * 2
 
