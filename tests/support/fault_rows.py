@@ -326,6 +326,15 @@ ROWS: Sequence[FaultRow] = (
         watch_s=0.3,
     ),
     FaultRow(
+        "Reset while a window computes",
+        NOTHING,
+        (Says("inference", WARN, "starting: reset by service: ~/reset was called; ..."),),
+        WITH_HISTORY + "; the overtaken result is discarded",
+        cause.reset_while_hanging,
+        cause.fake("none"),
+        watch_s=0.2,
+    ),
+    FaultRow(
         "Activated a second time",
         GOES_ON,
         (Says("inference", OK, "running: ..."),),
@@ -350,10 +359,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The process is killed (-9) and started again",
         NOTHING,
-        (
-            Says("inference", WARN, "starting: reset by activated; ..."),
-            Says("inference", OK, "running: ..."),
-        ),
+        (Says("inference", WARN, "starting: reset by activated; ..."), Says("inference", OK, "running: ...")),
         "with the start, when discovery has found the new process (a few seconds)",
         cause.kill_and_restart,
         watch_s=0.0,
