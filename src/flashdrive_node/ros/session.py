@@ -76,6 +76,9 @@ class Session:
     def __enter__(self) -> Self:
         # The end of this program by SIGTERM must end its children too.
         self._on_sigterm = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        # A job of a script inherits an ignored SIGINT; it must end by one all the same, and so must its children.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Discovery reads these when the context is made, so they must also hold for this process.
         os.environ.update({k: self._environment[k] for k in ("ROS_AUTOMATIC_DISCOVERY_RANGE", "ROS_LOG_DIR")})
         self._context = Context()
