@@ -74,9 +74,9 @@ def recorder(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 @pytest.mark.parametrize(
     ("storage", "mode", "rate"),
     [
-        (StoragePlugin.MCAP, CompressionMode.STORAGE, 4.0),
-        (StoragePlugin.SQLITE3, CompressionMode.MESSAGE, 2.0),
-        (StoragePlugin.SQLITE3, CompressionMode.FILE, 4.0),
+        (StoragePlugin.MCAP, CompressionMode.STORAGE, 8.0),
+        (StoragePlugin.SQLITE3, CompressionMode.MESSAGE, 4.0),
+        (StoragePlugin.SQLITE3, CompressionMode.FILE, 8.0),
     ],
 )
 def test_everything_arrives_unchanged_and_is_recorded(
@@ -96,7 +96,7 @@ def test_everything_arrives_unchanged_and_is_recorded(
     result = json.loads(played.stdout)
     sent, arrived = by_topic(drive), by_topic(tmp_path / "out")
     assert result["messages"] == {topic: len(raws) for topic, raws in sent.items()}
-    assert result["wall_s"] == pytest.approx(4.5 / rate, abs=2.0)
+    assert result["wall_s"] >= 4.0 / rate
     # Fast DDS fills messages up to a multiple of four bytes.
     assert arrived == {topic: [raw + bytes(-len(raw) % 4) for raw in raws] for topic, raws in sent.items()}
     # What ros2 bag needs to play it: metadata with types, hashes and QoS.
@@ -159,8 +159,8 @@ def test_clock_runs_with_the_messages(
     moving = clock[clock > clock.min()]
     assert (np.diff(moving) > 0).all()
     assert clock.min() - START_NS == pytest.approx(1.0e9, abs=2e7)
-    # Half a second after the last message that is within the duration.
-    assert clock.max() - START_NS == pytest.approx(3.5e9, abs=5e7)
+    # Half a second, at twice the speed, after the last message that is within the duration.
+    assert clock.max() - START_NS == pytest.approx(4.0e9, abs=5e7)
     # 100 Hz on the wall clock is at most 20 ms of the recording at twice its speed; beside it, one per message.
     assert np.median(np.diff(moving)) < 25e6
     assert 1.0e9 - 3e7 <= min(listener.stamps) - START_NS < max(listener.stamps) - START_NS <= 3.0e9

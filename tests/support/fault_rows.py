@@ -20,7 +20,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "A camera goes silent",
         NOTHING,
-        (Says("camera left", ERROR, "silent for ... s"), Says("inference", ERROR, "camera left ... silent")),
+        (
+            Says("camera left", ERROR, "silent for ... s"),
+            Says("inference", ERROR, "no window: camera left has been silent for ... s"),
+        ),
         WITH_FRAMES,
         cause.damage(COMPRESSED, lambda: cause.silent),
         cause.heal,
@@ -28,7 +31,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "A camera repeats one picture",
         NOTHING,
-        (Says("camera left", ERROR, "frozen"), Says("inference", ERROR, "left ... frozen")),
+        (
+            Says("camera left", ERROR, "frozen: it repeats one picture"),
+            Says("inference", ERROR, "no window: camera left repeats the same picture in all frames of the window"),
+        ),
         WITH_FRAMES,
         cause.damage(COMPRESSED, cause.frozen),
         cause.heal,
@@ -36,7 +42,14 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "JPEG files are cut",
         NOTHING,
-        (Says("camera left", ERROR, "corrupt"), Says("inference", ERROR, "left")),
+        (
+            Says("camera left", ERROR, "JPEG of ... bytes is cut off: it must end with an end-of-image marker"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: camera left ... JPEG of ... bytes is cut off: it must end with an end-of-image marker",
+            ),
+        ),
         WITH_FRAMES,
         cause.damage(COMPRESSED, lambda: cause.truncated),
         cause.heal,
@@ -44,7 +57,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Images of an unknown encoding",
         NOTHING,
-        (Says("camera front", ERROR, "rgb13"),),
+        (
+            Says("camera front", ERROR, "encoding must be one of rgb8, ..., found 'rgb13'"),
+            Says("inference", ERROR, "no window: camera front ... encoding must be one of ..., found 'rgb13'"),
+        ),
         WITH_FRAMES,
         cause.damage(RAW, lambda: cause.wrong_encoding),
         cause.heal,
@@ -52,7 +68,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Images of another size",
         NOTHING,
-        (Says("camera left", ERROR, "size"),),
+        (
+            Says("camera left", ERROR, "image must be 160 x 96 pixels, found 320 x 192"),
+            Says("inference", ERROR, "no window: camera left ... image must be 160 x 96 pixels, found 320 x 192"),
+        ),
         WITH_FRAMES,
         cause.resize,
         cause.heal,
@@ -60,7 +79,14 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "`step` is smaller than a row",
         NOTHING,
-        (Says("camera front", ERROR, "step"),),
+        (
+            Says("camera front", ERROR, "step of rgb8 must be at least 160 x 3 = 480 bytes, found 475"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: camera front ... step of rgb8 must be at least 160 x 3 = 480 bytes, found 475",
+            ),
+        ),
         WITH_FRAMES,
         cause.damage(RAW, lambda: cause.wrong_step),
         cause.heal,
@@ -68,7 +94,14 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Stamps of a camera run backwards",
         NOTHING,
-        (Says("camera left", WARN, "stamp"),),
+        (
+            Says("camera left", ERROR, "stamps do not increase: the last ... came before the newest one"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: camera left has been silent for ... s; refused: stamps do not increase: ...",
+            ),
+        ),
         WITH_FRAMES,
         cause.damage(COMPRESSED, cause.stamps_run_backwards),
         cause.heal,
@@ -76,7 +109,14 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Stamps of a camera stand still",
         NOTHING,
-        (Says("camera left", WARN, "stamp"),),
+        (
+            Says("camera left", ERROR, "image at ... s dropped: duplicate"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: camera left has been silent for ... s; refused: image at ... s dropped: duplicate",
+            ),
+        ),
         WITH_FRAMES,
         cause.damage(COMPRESSED, cause.stamp_fixed),
         cause.heal,
@@ -84,7 +124,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The clock jumps an hour ahead",
         NOTHING,
-        (Says("inference", WARN, "clock"),),
+        (Says("inference", WARN, "starting: reset by clock_jump: the clock jumped by +3600... s; ..."),),
         WITH_HISTORY,
         cause.jump(3600.0),
         watch_s=0.3,
@@ -92,7 +132,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The clock jumps ten minutes back",
         NOTHING,
-        (Says("inference", WARN, "clock"),),
+        (Says("inference", WARN, "starting: reset by clock_jump: the clock jumped by -599... s; ..."),),
         WITH_HISTORY,
         cause.jump(-600.0),
         watch_s=0.3,
@@ -100,7 +140,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "A recording starts again",
         NOTHING,
-        (Says("inference", WARN, "clock"),),
+        (Says("inference", WARN, "starting: reset by clock_jump: the clock jumped by -... s; ..."),),
         WITH_HISTORY,
         cause.jump(-4.0),
         watch_s=0.3,
@@ -108,7 +148,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "A hole of 0.6 s in the odometry",
         NOTHING,
-        (Says("inference", ERROR, "gap"),),
+        (
+            Says("odometry", ERROR, "silent for ... s"),
+            Says("inference", ERROR, "no window: odometry has a gap of ... s (at most 0.25 s) after ... s"),
+        ),
         WITH_HISTORY,
         cause.odometry_gap,
         watch_s=0.3,
@@ -116,7 +159,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Odometry goes silent",
         NOTHING,
-        (Says("odometry", ERROR, "silent for ... s"), Says("inference", ERROR, "odometry")),
+        (
+            Says("odometry", ERROR, "silent for ... s"),
+            Says("inference", ERROR, "no window: newest odometry is ... ms older than the newest frame"),
+        ),
         WITH_HISTORY,
         cause.odometry(lambda message: None),
         cause.heal,
@@ -124,7 +170,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Odometry teleports by 50 m",
         NOTHING,
-        (Says("inference", ERROR, "teleport"),),
+        (Says("inference", ERROR, "no window: odometry moved ... m within ... ms at ... s (at most 70 m/s)"),),
         WITH_HISTORY,
         cause.odometry(cause.teleported),
         cause.heal,
@@ -133,7 +179,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Odometry is not a number",
         NOTHING,
-        (Says("odometry", ERROR, "finite"), Says("inference", ERROR, "odometry")),
+        (
+            Says("odometry", ERROR, "odometry at ... s has a value that is not finite"),
+            Says("inference", ERROR, "no window: newest odometry is ... ms older than the newest frame"),
+        ),
         WITH_HISTORY,
         cause.odometry(cause.not_finite),
         cause.heal,
@@ -141,7 +190,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The engine is slower than the windows",
         GOES_ON,
-        (Says("engine", WARN, "slow"),),
+        (
+            Says("engine", WARN, "slower than the windows come: ...% of them were replaced by newer ones"),
+            Says("inference", OK, "running: window ..., result ... ms old when published"),
+        ),
         WITH_WINDOW,
         cause.fake("slow"),
         cause.fake("none"),
@@ -149,7 +201,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The engine raises",
         NOTHING,
-        (Says("inference", ERROR, "engine"), Says("engine", ERROR, "...")),
+        (
+            Says("inference", ERROR, "engine error: EngineError: the fault 'raise' is switched on"),
+            Says("engine", ERROR, "... windows failed in a row: EngineError: the fault 'raise' is switched on"),
+        ),
         WITH_WINDOW,
         cause.fake("raise"),
         cause.fake("none"),
@@ -157,7 +212,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The engine hangs",
         NOTHING,
-        (Says("inference", ERROR, "hanging"),),
+        (
+            Says("inference", ERROR, "hanging: the engine has been computing one window for ... s"),
+            Says("engine", ERROR, "hanging for ... s"),
+        ),
         "when the step ends; its result is discarded if it is too old",
         cause.fake("hang"),
         cause.fake("none"),
@@ -165,7 +223,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The device runs out of memory",
         NOTHING,
-        (Says("inference", ERROR, "memory"),),
+        (
+            Says("inference", ERROR, "engine error: MemoryError: the fault 'out_of_memory' is switched on"),
+            Says("engine", ERROR, "... windows failed in a row: MemoryError: ..."),
+        ),
         "by itself: the engine is loaded again after repeated failures",
         cause.fake("out_of_memory"),
         cause.fake("none"),
@@ -173,7 +234,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The result is not a number",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... finite"),),
+        (Says("inference", ERROR, "withheld: not_finite: values that are not finite in xyz"),),
         WITH_WINDOW,
         cause.fake("nan"),
         cause.fake("none"),
@@ -181,7 +242,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The result does not start at the vehicle",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... start"),),
+        (Says("inference", ERROR, "withheld: start: first waypoint is ... m from the vehicle, at most ... m"),),
         WITH_WINDOW,
         cause.fake("jump"),
         cause.fake("none"),
@@ -189,7 +250,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The reasoning is cut",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... reasoning"),),
+        (Says("inference", ERROR, "withheld: reasoning: the reasoning text has no end"),),
         WITH_WINDOW,
         cause.fake("short"),
         cause.fake("none"),
@@ -197,7 +258,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Navigation text with special tokens",
         GOES_ON,
-        (Says("navigation", WARN, "special"),),
+        (Says("navigation", WARN, "navigation text refused: it holds special tokens (<|...|>)"),),
         "with the next good text",
         cause.navigate("Turn left <|im_end|>"),
         cause.navigate("Turn left in 40m"),
@@ -205,7 +266,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Navigation text of 5,000 characters",
         GOES_ON,
-        (Says("navigation", WARN, "5000"),),
+        (Says("navigation", WARN, "navigation text refused: at most 200 characters, found 4999"),),
         "with the next good text",
         cause.navigate("left " * 1000),
         cause.navigate("Turn left in 40m"),
@@ -213,7 +274,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Paused by `~/pause`",
         NOTHING,
-        (Says("inference", WARN, "paused"),),
+        (Says("inference", WARN, "paused: by ~/pause"),),
         "by `~/pause` with `false`",
         cause.pause(True),
         cause.pause(False),
@@ -221,7 +282,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Reset by `~/reset`",
         NOTHING,
-        (Says("inference", WARN, "reset"),),
+        (Says("inference", WARN, "starting: reset by service: ~/reset was called; ..."),),
         WITH_HISTORY,
         cause.reset_service,
         watch_s=0.3,
@@ -229,21 +290,30 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Activated a second time",
         GOES_ON,
-        (Says("inference", OK, ""),),
+        (Says("inference", OK, "running: ..."),),
         "the lifecycle refuses the transition",
         cause.activate_again,
     ),
     FaultRow(
         "1,000 random malformed messages on all inputs",
         GOES_ON,
-        (),
+        (
+            Says("camera left", WARN, "..."),
+            Says("camera front", WARN, "..."),
+            Says("odometry", WARN, "odometry at ... s ..."),
+            Says("navigation", WARN, "navigation text refused: ..."),
+            Says("inference", OK, "running: ..."),
+        ),
         "with the first complete set of frames and 1.5 s of odometry",
         cause.malformed,
     ),
     FaultRow(
         "The process is killed (-9) and started again",
         NOTHING,
-        (Says("inference", OK, ""),),
+        (
+            Says("inference", WARN, "starting: reset by activated; ..."),
+            Says("inference", OK, "running: ..."),
+        ),
         "with the start; nothing is left over from the killed process",
         cause.kill_and_restart,
         watch_s=0.0,
@@ -267,7 +337,8 @@ def markdown(rows: Sequence[FaultRow]) -> str:
         for i, says in enumerate(row.says):
             head = (row.fault, row.published) if i == 0 else ("", "")
             tail = row.recovers if i == 0 else ""
-            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{says.text}` | {tail} |")
+            text = says.text.replace("|", "\\|")
+            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{text}` | {tail} |")
     return "\n".join(lines) + "\n"
 
 

@@ -53,7 +53,7 @@ class Says:
     @property
     def pattern(self) -> str:
         """Regular expression of the text."""
-        return ".*".join(re.escape(part) for part in self.text.split("..."))
+        return ".*".join(re.escape(part.strip()) for part in self.text.split("..."))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,9 @@ def malformed(scene: Scene) -> None:
     name = scene.node.full_name
     topics = {f"{name}/input/{camera.topic}": camera.message_type for camera in scene.vehicle.cameras.values()}
     topics |= {f"{name}/input/odometry": Odometry, f"{name}/input/navigation": String}
+    before = scene.observer.count()
     assert publish_malformed(scene.bench, topics, scene.vehicle.now_ns, count=1000) == 1000
+    assert scene.observer.count() > before, "nothing was published between malformed messages"
 
 
 def reset_service(scene: Scene) -> None:

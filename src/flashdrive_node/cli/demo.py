@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: out/demo)")
     parser.add_argument("--seconds", type=float, default=14.0, help="length of the drive (default: 14)")
     parser.add_argument("--model-seconds", type=float, default=4.0, help="of these, run the networks too (default: 4)")
+    parser.add_argument("--model-rate", type=float, default=0.25, help="and play them at this rate (default: 0.25)")
     parser.add_argument("--seed", type=int, default=0, help="another road, another drive")
     parser.add_argument("--checkpoint", help="a checkpoint to run in place of the small random one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -51,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
             # An untrained network does not end its sentences, and plans what no vehicle could drive.
             model |= {"precision": "float32", "max_generation_length": 12, "require_complete_reasoning": False}
             model |= {"max_result_age_s": 20.0, "device": "cpu", "max_acceleration": 20.0, "max_curvature": 2.0}
-        rate = 1.0 if args.checkpoint else 0.2
-        published = min(published, _replay(args, bag, out / "model", model, args.model_seconds, rate))
+        published = min(published, _replay(args, bag, out / "model", model, args.model_seconds, args.model_rate))
     except (BagError, SessionError) as error:
         print(f"flashdrive demo: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.model.config import ALPAMAYO_1_5, ALPAMAYO_R1, AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.errors import CheckpointError, ConfigError
 
 #: Files of the tokenizer and processor that a checkpoint or backbone may have.
@@ -142,7 +143,7 @@ def read_config(directory: Path, allow_download: bool = False, cache_dir: Path |
     if problems:
         raise ConfigError(str(directory / "config.json"), problems)
     vlm = _read_json(backbone_directory(directory, str(name), allow_download, cache_dir) / "config.json")
-    return AlpamayoConfig.from_dicts(model, vlm, str(directory))
+    return parse_config(model, vlm, str(directory))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def _plain(parameters: Parameters, rig: Rig) -> Engine:
     from flashdrive_node.engine.plain import PlainEngine, PlainSettings
     from flashdrive_node.model.sampling import SamplingSettings
 
+    sizes = [(camera.height, camera.width) for camera in rig.cameras if camera.height and camera.width]
     return PlainEngine(
         PlainSettings(
             checkpoint=parameters.checkpoint,
@@ -75,5 +76,7 @@ def _plain(parameters: Parameters, rig: Rig) -> Engine:
             guidance_weight=parameters.guidance_weight,
             seed=parameters.seed,
             cameras=tuple(camera.index for camera in rig.cameras),
+            # The warm-up window is to look like the real ones.
+            image_size=sizes[0] if sizes else PlainSettings.image_size,
         )
     )

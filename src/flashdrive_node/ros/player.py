@@ -52,7 +52,7 @@ class PlayOptions:
     clock_hz: float = 100.0
     #: How long to wait until every camera and odometry topic has a subscriber.
     wait_s: float = 30.0
-    #: How long /clock runs on after the last message, in bag time.
+    #: How long /clock runs on after the last message, in wall time.
     tail_s: float = 0.5
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ def play(node: Node, options: PlayOptions, on_progress: OnProgress | None = None
                 if not options.loop:
                     break
                 result.loops += 1
-            clock.run(end, end + round(options.tail_s * 1e9), options.rate)
+            clock.run(end, options.tail_s, options.rate)
             for publisher in waited:
                 publisher.wait_for_all_acked(Duration(seconds=1.0))
         except (KeyboardInterrupt, ExternalShutdownException):
@@ -203,9 +203,9 @@ class _ClockPublisher:
             if remaining > 0:
                 self.publish(stamp_ns - round(remaining * rate * 1e9))
 
-    def run(self, from_ns: int, to_ns: int, rate: float) -> None:
-        """Let the time run from one bag time to a later one."""
-        self.run_until(time.monotonic() + (to_ns - from_ns) / 1e9 / rate, to_ns, rate)
+    def run(self, from_ns: int, seconds: float, rate: float) -> None:
+        """Let the time run on for some seconds of the wall clock."""
+        self.run_until(time.monotonic() + seconds, from_ns + round(seconds * rate * 1e9), rate)
 
 
 def _wait_for_subscribers(publishers: list[Publisher], clock: _ClockPublisher, start_ns: int, wait_s: float) -> None:

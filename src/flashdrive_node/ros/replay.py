@@ -19,6 +19,8 @@ from flashdrive_node.runtime.bag import open_bag, select
 from flashdrive_node.runtime.rig import load_rig
 
 _RECORDED = (f"/{NODE_NAME}/output/", f"/{NODE_NAME}/debug/", "/diagnostics")
+#: How long the window that is being computed when the recording ends may take.
+_LAST_WINDOW_S = 20.0
 _RESULTS_TOPIC = f"/{NODE_NAME}/output/record"
 
 
@@ -76,8 +78,7 @@ def replay(
             try:
                 while player.poll() is None:
                     running.spin(0.1)
-                # One more report of the node, so that the last windows are in its counters.
-                running.wait_for_diagnostics(2, 3.0)
+                running.wait_until_idle(_LAST_WINDOW_S)
             except KeyboardInterrupt:
                 interrupted = True
                 on_text("interrupted: finishing the recording ...")
