@@ -249,8 +249,8 @@ def velocity_field(
         context: Prompt and generated texts.
         text: The texts, for where each ends.
         observe: Receives "position", "attend" once, and what `ActionExpert.forward` gives at every step.
-        owners: The row that each slot behind the prefix belongs to, int64 [used - prefix], where every slot counts and
-            they are not dealt out step by step.
+        owners: The row that each slot behind the prefix belongs to (negative: all), int64 [used - prefix], where every
+            slot counts and they are not dealt out step by step.
 
     Returns:
         Velocity on [rows, waypoints, 2].
@@ -269,7 +269,7 @@ def velocity_field(
             slot = torch.arange(used - context.prefix, device=device)
             own_text = (slot % rows == row[:, None]) & (slot // rows < (offsets - context.prefix)[:, None])
         else:
-            own_text = owners == row[:, None]
+            own_text = (owners == row[:, None]) | (owners < 0)
         prefix = torch.ones(rows, context.prefix, dtype=torch.bool, device=device)
         own_waypoints = (row[:, None] == row[None, :]).repeat_interleave(waypoints, dim=1)
         mask = torch.cat((prefix, own_text, own_waypoints), dim=1).repeat_interleave(waypoints, dim=0)
