@@ -126,8 +126,13 @@ def test_language_model_with_images(config, grids, seed, texts, tail):
     assert relative_error(model.language.logits(hidden), out.logits[0]) < TOLERANCE
 
     more = torch.tensor(text(tail))
-    expected = [reference(input_ids=t[None, None], past_key_values=out.past_key_values).logits[0] for t in more]
     index = torch.arange(tail) + len(ids) + int(delta)
+    expected = []
+    for token, at in zip(more, index, strict=True):
+        step = reference(
+            input_ids=token[None, None], position_ids=at.expand(3, 1, 1), past_key_values=out.past_key_values
+        )
+        expected.append(step.logits[0])
     at_once = KVCache(config.text, len(ids) + tail, "cpu", torch.float32)
     at_once.copy_prefix(cache, len(ids))
     together = model.language(more, index.expand(3, -1), at_once, causal_mask(len(ids), tail, torch.device("cpu")))

@@ -29,7 +29,7 @@ from support.node_process import Bench, own_domain_id
 pytestmark = pytest.mark.ros
 
 CLI = "flashdrive_node.cli.main"
-QUICK = ("--quiet", "--set", "fake.latency_s=0.02")
+QUICK = ("--quiet", "--set", "fake.latency_s=0.02", "--set", "diagnostics_period_s=0.2")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_video_shows_every_window(finished: Finished, drive: Path, rig: Rig, tmp
 
 
 def test_nothing_published_is_a_failure_and_says_why(tmp_path: Path, drive: Path) -> None:
-    said = run(tmp_path, CLI, "replay", drive, *QUICK, "--set", "fake.fault=nan", "--rate", 2)
+    said = run(tmp_path, CLI, "replay", drive, *QUICK, "--set", "fake.fault=nan", "--duration", 2.5)
     assert said.returncode == 1, said.stdout + said.stderr
     assert "windows      0 published, withheld not_finite" in said.stdout
     assert "inference: withheld" in said.stdout
@@ -183,6 +183,15 @@ def test_ctrl_c_finishes_the_recording_and_leaves_nothing_behind(tmp_path: Path,
     assert not any(child.is_running() for child in found.values())
     assert read_outputs(tmp_path / "out").records
     assert "published" in said.stdout
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path, drive: Path, bench: Bench) -> None:
+    process = start(tmp_path, CLI, "replay", drive, *QUICK, "--loop", "--rate", 2)
+    found = wait_for_results(process, bench)
+    said = stop(process, signal.SIGTERM)
+    assert said.returncode == 128 + signal.SIGTERM, said.stdout + said.stderr
+    assert set(found) == {"main", "player", "recorder"}
+    assert not any(child.is_running() for child in found.values())
 
 
 def test_bad_requests_end_with_one_message(tmp_path: Path, drive: Path) -> None:

@@ -17,13 +17,23 @@ CLEAN_S, ROUGH_S = 2.0, 4.5
 REFERENCE = "front_wide"
 
 
-@pytest.mark.parametrize("rate_hz", [10.0, 20.0, 30.0, 36.0])
-def test_every_window_holds_the_right_frames(bench, tmp_path, rate_hz):
+@pytest.mark.parametrize(
+    ("rates_hz", "odometry_hz"),
+    [
+        ((10.0,) * 4, 10.0),
+        ((20.0,) * 4, 400.0),
+        ((30.0,) * 4, 50.0),
+        ((36.0,) * 4, 100.0),
+        ((30.0, 10.0, 36.0, 20.0), 25.0),
+    ],
+    ids=["10", "20", "30", "36", "mixed"],
+)
+def test_every_window_holds_the_right_frames(bench, tmp_path, rates_hz, odometry_hz):
     cameras = [
-        Camera("cross_left", 0, rate_hz, skew_s=0.013),
-        Camera("front_wide", 1, rate_hz, skew_s=0.007),
-        Camera("cross_right", 2, rate_hz, skew_s=0.0),
-        Camera("front_tele", 6, rate_hz, skew_s=0.020),
+        Camera("cross_left", 0, rates_hz[0], skew_s=0.013),
+        Camera("front_wide", 1, rates_hz[1], skew_s=0.007),
+        Camera("cross_right", 2, rates_hz[2], skew_s=0.0),
+        Camera("front_tele", 6, rates_hz[3], skew_s=0.020),
     ]
     by_name = {camera.name: camera for camera in cameras}
     parameters = {
@@ -36,7 +46,7 @@ def test_every_window_holds_the_right_frames(bench, tmp_path, rate_hz):
     }
     with NodeProcess(bench, tmp_path, parameters) as node:
         observer = Observer(bench, node, topics=("output/record",))
-        with Vehicle(bench, node.full_name, cameras, seed=int(rate_hz)):
+        with Vehicle(bench, node.full_name, cameras, odometry_hz=odometry_hz, seed=int(sum(rates_hz))):
             observer.wait_count(1, "output/record", timeout_s=30.0)
             time.sleep(CLEAN_S)
             clean = len(observer.records())

@@ -137,8 +137,3 @@ def test_a_start_with_an_unknown_rig_says_which_there_are():
     assert ended.returncode == 2
     assert "sample" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_the_documentation_has_the_table():
-    document = (Path(__file__).parents[2] / "docs" / "node.md").read_text()
-    assert parameters_markdown() in document, "put the output of parameters_markdown() into docs/node.md"

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.ros, pytest.mark.timeout(180)]
 
 
 def test_nothing_leaks_and_nothing_is_lost(tmp_path, capsys):
-    report = drive(tmp_path, windows=6000, seed=7)
+    report = drive(tmp_path, windows=4500, seed=7)
     with capsys.disabled():
         print("\n" + report.table())
     assert report.unanswered == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from support import faults as cause
-from support.faults import COMPRESSED, GOES_ON, NOTHING, RAW, FaultRow, Says
+from support.faults import COMPRESSED, GOES_ON, NOTHING, RAW, FaultRow, Says, markdown
 from support.observer import ERROR, OK, WARN
 
 WITH_FRAMES = "with the first complete set of frames"
@@ -146,6 +146,15 @@ ROWS: Sequence[FaultRow] = (
         watch_s=0.3,
     ),
     FaultRow(
+        "The player pauses",
+        NOTHING,
+        (Says("inference", ERROR, "no window: ..."),),
+        "with the next window, without a reset",
+        cause.stop_playback,
+        cause.resume_playback,
+        keeps_stream=True,
+    ),
+    FaultRow(
         "A hole of 0.6 s in the odometry",
         NOTHING,
         (
@@ -181,7 +190,12 @@ ROWS: Sequence[FaultRow] = (
         NOTHING,
         (
             Says("odometry", ERROR, "odometry at ... s has a value that is not finite"),
-            Says("inference", ERROR, "no window: newest odometry is ... ms older than the newest frame"),
+            Says(
+                "inference",
+                ERROR,
+                "no window: newest odometry is ... ms older than the newest frame; refused: odometry at ... s has a "
+                "value that is not finite",
+            ),
         ),
         WITH_HISTORY,
         cause.odometry(cause.not_finite),
@@ -197,6 +211,7 @@ ROWS: Sequence[FaultRow] = (
         WITH_WINDOW,
         cause.fake("slow"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The engine raises",
@@ -232,12 +247,22 @@ ROWS: Sequence[FaultRow] = (
         cause.fake("none"),
     ),
     FaultRow(
+        "The result is older than `max_result_age_s`",
+        NOTHING,
+        (Says("inference", ERROR, "withheld: age: ..."),),
+        WITH_WINDOW,
+        cause.results_too_old(0.3, "slow"),
+        cause.results_too_old(2.0, "none"),
+        keeps_stream=True,
+    ),
+    FaultRow(
         "The result is not a number",
         NOTHING,
         (Says("inference", ERROR, "withheld: not_finite: values that are not finite in xyz"),),
         WITH_WINDOW,
         cause.fake("nan"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The result does not start at the vehicle",
@@ -246,6 +271,7 @@ ROWS: Sequence[FaultRow] = (
         WITH_WINDOW,
         cause.fake("jump"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The reasoning is cut",
@@ -254,6 +280,7 @@ ROWS: Sequence[FaultRow] = (
         WITH_WINDOW,
         cause.fake("short"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Navigation text with special tokens",
@@ -262,6 +289,7 @@ ROWS: Sequence[FaultRow] = (
         "with the next good text",
         cause.navigate("Turn left <|im_end|>"),
         cause.navigate("Turn left in 40m"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Navigation text of 5,000 characters",
@@ -270,6 +298,7 @@ ROWS: Sequence[FaultRow] = (
         "with the next good text",
         cause.navigate("left " * 1000),
         cause.navigate("Turn left in 40m"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Paused by `~/pause`",
@@ -293,6 +322,7 @@ ROWS: Sequence[FaultRow] = (
         (Says("inference", OK, "running: ..."),),
         "the lifecycle refuses the transition",
         cause.activate_again,
+        keeps_stream=True,
     ),
     FaultRow(
         "1,000 random malformed messages on all inputs",
@@ -304,8 +334,9 @@ ROWS: Sequence[FaultRow] = (
             Says("navigation", WARN, "navigation text refused: ..."),
             Says("inference", OK, "running: ..."),
         ),
-        "with the first complete set of frames and 1.5 s of odometry",
+        "what is malformed is dropped; nothing is reset",
         cause.malformed,
+        keeps_stream=True,
     ),
     FaultRow(
         "The process is killed (-9) and started again",
@@ -314,32 +345,11 @@ ROWS: Sequence[FaultRow] = (
             Says("inference", WARN, "starting: reset by activated; ..."),
             Says("inference", OK, "running: ..."),
         ),
-        "with the start; nothing is left over from the killed process",
+        "with the start, when discovery has found the new process (a few seconds)",
         cause.kill_and_restart,
         watch_s=0.0,
     ),
 )
-
-
-def markdown(rows: Sequence[FaultRow]) -> str:
-    """The table of the documentation."""
-    lines = [
-        "# Faults",
-        "",
-        "What the node does when something goes wrong. On a fault it publishes nothing and says why; it never invents",
-        "motion, so the vehicle's own fallback must act on missing output. Every row is a test that runs the node as a",
-        "process (`tests/ros/test_fault_table.py`); figures and stamps in the messages are shown as `...`.",
-        "",
-        "| fault | outputs | diagnostic | level | message | recovers |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        for i, says in enumerate(row.says):
-            head = (row.fault, row.published) if i == 0 else ("", "")
-            tail = row.recovers if i == 0 else ""
-            text = says.text.replace("|", "\\|")
-            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{text}` | {tail} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

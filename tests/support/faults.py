@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,12 @@ class Scene:
         self.observer.wait_count(2, timeout_s=timeout_s)
         self.observer.wait_status("inference", OK, timeout_s=timeout_s, since_s=start_s)
 
+    def resets(self) -> int:
+        """Resets of all causes that the node has counted."""
+        status = self.observer.find("inference")
+        assert status is not None
+        return sum(int(value) for key, value in status.values.items() if key.startswith("reset_"))
+
 
 @dataclass(frozen=True)
 class Says:
@@ -66,6 +72,8 @@ class FaultRow:
     recovers: str
     inject: Callable[[Scene], Any]
     clear: Callable[[Scene], Any] = lambda scene: None
+    #: Whether the stream must survive: no reset, neither by the fault nor by its end.
+    keeps_stream: bool = False
     #: Time after the diagnostic in which nothing may be published (or after which it must go on).
     watch_s: float = 0.5
 
@@ -83,7 +91,7 @@ def play(row: FaultRow, scene: Scene) -> list[Status]:
     """
     observer = scene.observer
     scene.settle()
-    since_s = time.monotonic()
+    since_s, resets = time.monotonic(), scene.resets()
     try:
         row.inject(scene)
         found = [observer.wait_status(s.status, s.level, s.pattern, since_s=since_s) for s in row.says]
@@ -99,7 +107,30 @@ def play(row: FaultRow, scene: Scene) -> list[Status]:
         row.clear(scene)
     scene.settle()
     assert scene.node.running(), scene.node.output[-3000:]
+    if row.keeps_stream:
+        assert scene.resets() == resets, f"{row.fault!r} reset the stream\n{observer.report()}"
     return found
+
+
+def markdown(rows: Sequence[FaultRow]) -> str:
+    """The table of the documentation."""
+    lines = [
+        "# Faults",
+        "",
+        "What the node does when something goes wrong. On a fault it publishes nothing and says why; it never invents",
+        "motion, so the vehicle's own fallback must act on missing output. Every row is a test that runs the node as a",
+        "process (`tests/ros/test_fault_table.py`); figures and stamps in the messages are shown as `...`.",
+        "",
+        "| fault | outputs | diagnostic | level | message | recovers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for i, says in enumerate(row.says):
+            head = (row.fault, row.published) if i == 0 else ("", "")
+            tail = row.recovers if i == 0 else ""
+            text = says.text.replace("|", "\\|")
+            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{text}` | {tail} |")
+    return "\n".join(lines) + "\n"
 
 
 def silent(message: ImageMessage, number: int) -> None:
@@ -205,6 +236,28 @@ def jump(seconds: float) -> Callable[[Scene], None]:
 def fake(fault: str) -> Callable[[Scene], None]:
     def inject(scene: Scene) -> None:
         refused = scene.node.set_parameters(fake__fault=fault)
+        assert refused == [], refused
+
+    return inject
+
+
+def stop_playback(scene: Scene) -> None:
+    """The player pauses: neither messages nor /clock."""
+    scene.vehicle.pause()
+    # Longer than a gap that resets the stream, had it been one of the recorded time.
+    time.sleep(1.2)
+
+
+def resume_playback(scene: Scene) -> None:
+    """The player goes on."""
+    scene.vehicle.resume()
+
+
+def results_too_old(limit_s: float, fault: str) -> Callable[[Scene], None]:
+    """Results may be ``limit_s`` old at most, and the engine has this fault."""
+
+    def inject(scene: Scene) -> None:
+        refused = scene.node.set_parameters(max_result_age_s=limit_s, fake__fault=fault)
         assert refused == [], refused
 
     return inject

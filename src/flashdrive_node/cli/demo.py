@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo. Returns 0; 1 where a run published nothing; 2 where something could not be started."""
+    from tqdm import tqdm
+
     from flashdrive_node.evaluation.demo_model import write_random_checkpoint
     from flashdrive_node.evaluation.replay_report import read_driven_path, read_outputs
     from flashdrive_node.evaluation.sample_bag import make_synthetic_bag
     from flashdrive_node.evaluation.video import write_video
+    from flashdrive_node.ros.player import PROGRESS_BAR
     from flashdrive_node.ros.session import SessionError
     from flashdrive_node.runtime.bag import BagError
     from flashdrive_node.runtime.rig import load_rig
@@ -39,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("drive", "stand_in", "model", "random_checkpoint"):
         shutil.rmtree(out / name, ignore_errors=True)
     print(f"1/4  drawing a drive of {args.seconds:g} s with four cameras ...", flush=True)
-    summary = make_synthetic_bag(bag, rig, seconds=args.seconds, seed=args.seed)
+    with tqdm(total=args.seconds, unit="s", disable=args.quiet, desc="drawing", bar_format=PROGRESS_BAR) as bar:
+
+        def show(drawn_s: float) -> None:
+            bar.n = drawn_s
+            bar.update(0)
+
+        summary = make_synthetic_bag(bag, rig, seconds=args.seconds, seed=args.seed, on_progress=show)
     print(f"     {summary.frames} pictures, {summary.odometry} odometry messages in {bag}")
     try:
         print("2/4  replaying it through the node with the stand-in engine (no model) ...", flush=True)

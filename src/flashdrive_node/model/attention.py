@@ -12,7 +12,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Attention of few queries to many keys.
 
     The query heads that share a key/value head are laid side by side as further query rows, so keys and values are
-    read once per group and never repeated in memory.
+    read once per group and never repeated in memory. On the CPU they are repeated, as in the reference: its results
+    are matched to the bit there.
 
     Args:
         q: [T, heads, head_dim].
@@ -25,6 +26,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     tokens, heads, dim = q.shape
     kv_heads = k.shape[0]
     group = heads // kv_heads
+    if q.device.type == "cpu":
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        mask = None if mask is None else mask[:tokens]  # equal for all heads of a group
+        out = scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask)
+        return out[0].transpose(0, 1).reshape(tokens, heads * dim)
     q = q.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
     out = scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask)
     return out.view(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads * dim)

@@ -62,7 +62,7 @@ def own_domain_id() -> int:
 
 
 class Session:
-    """Starts the node on entering and ends it on leaving."""
+    """Starts the node on entering and ends it on leaving; for the main thread of a program."""
 
     def __init__(self, options: SessionOptions):
         self.options = options
@@ -74,6 +74,8 @@ class Session:
         self._environment = _environment(options)
 
     def __enter__(self) -> Self:
+        # The end of this program by SIGTERM must end its children too.
+        self._on_sigterm = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         # Discovery reads these when the context is made, so they must also hold for this process.
         os.environ.update({k: self._environment[k] for k in ("ROS_AUTOMATIC_DISCOVERY_RANGE", "ROS_LOG_DIR")})
         self._context = Context()
@@ -95,6 +97,7 @@ class Session:
         for child in reversed(self._children):
             end_process(child)
         self._leave()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def spawn(
         self, module: str, arguments: Sequence[str], log: Path | None = None, sends_images: bool = False
