@@ -262,7 +262,7 @@ def test_what_a_tick_computes():
     stream = Stream(stream_model(0), StreamSettings("kv"), ROOM)
     window = Window({0: (1, 2, 3, 4), 2: (1, 2, 3, 4)})
     assert tick(stream, window)[2].encode == tuple(range(8))
-    text = 4 * 4 * 2  # image tokens of a camera with 2 x 2 tokens per frame, twice
+    whole = 2 * 4 * 4  # two cameras, four frames, 2 x 2 image tokens each
 
     def computed(stamps: tuple[int, ...], other: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], int | None]:
         plan = tick(stream, Window({0: stamps, 2: other or stamps}))[2]
@@ -280,7 +280,7 @@ def test_what_a_tick_computes():
     assert computed((200, 202, 203, 204)) == ((0, 4), 8)
     stream.reset()
     assert computed((200, 202, 203, 204)) == (tuple(range(8)), None)
-    assert text == len(stream.plan(window.prompt(stream.model), window.rows).encode_tokens)
+    assert whole == len(stream.plan(window.prompt(stream.model), window.rows).encode_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -200,7 +200,7 @@ class PlainEngine:
             timer.lap("guidance")
         noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
         # A 16 x 16 system: on the host it is done while the device works, on a GPU it would wait for the device.
-        history_xyz, history_rot = _history(observation)
+        history_xyz, history_rot = ego_history(observation)
         v0 = model.action_space.initial_speed(history_xyz, history_rot)
         action, error = self._flow(velocity, noise)
         speed = v0.to(device, non_blocking=True).expand(s.samples)
@@ -233,7 +233,7 @@ class PlainEngine:
         pixels, grids = preprocess([c.images for c in observation.cameras], model.config, device, model.dtype)
         timer.lap("images")
         prompt, positions, image_index = self._layout_of(observation, grids)
-        prompt = fuse_history(prompt, encode_history(*_history(observation), model.config))
+        prompt = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
         features = model.vision(pixels, grids)
         timer.lap("encode")
         cache = self._cache_for(len(prompt.ids))
@@ -305,7 +305,7 @@ class PlainEngine:
         return second
 
 
-def _history(observation: Observation) -> tuple[Tensor, Tensor]:
+def ego_history(observation: Observation) -> tuple[Tensor, Tensor]:
     """Ego positions and rotations, on the host."""
     return torch.from_numpy(observation.ego_history_xyz), torch.from_numpy(observation.ego_history_rot)
 

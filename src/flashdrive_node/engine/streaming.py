@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.drafter import Drafter, load_drafter
 from flashdrive_node.engine.flow_schedule import integrate
-from flashdrive_node.engine.plain import PlainEngine, Reasoning, _history
+from flashdrive_node.engine.plain import PlainEngine, Reasoning, ego_history
 from flashdrive_node.engine.protocol import EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.engine.speculative import DraftRule, Taps
@@ -104,7 +104,7 @@ class StreamingEngine(PlainEngine):
         frames = prompt.frames_per_camera
         new = [[c.images[i % frames] for i in plan.encode if i // frames == k] for k, c in enumerate(cameras)]
         features: VisionFeatures | None = None
-        fused = fuse_history(prompt, encode_history(*_history(observation), model.config))
+        fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
         if plan.encode:
             pixels, grids = preprocess([images for images in new if images], model.config, model.device, model.dtype)
             timer.lap("images")
@@ -144,7 +144,8 @@ class StreamingEngine(PlainEngine):
         owners: Tensor | None = None
         metrics = self._figures
         if self.drafter is None or self.script is not None:
-            text = inference.decode(model, context, logits, rows, s.sampling, self._stop_rule(), generator, self.script)
+            script = None if self.script is None else self.script[:rows]
+            text = inference.decode(model, context, logits, rows, s.sampling, self._stop_rule(), generator, script)
         else:
             assert self._states is not None
             rule = self._stop_rule()
@@ -178,4 +179,4 @@ class StreamingEngine(PlainEngine):
         if self._table is None:
             self._table = schedule.table(noise.device)
         flowed = integrate(velocity, noise, self._table)
-        return flowed.action, flowed.error
+        return flowed.action, flowed.error if len(schedule.evaluated) > 1 else None
