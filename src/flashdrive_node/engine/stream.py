@@ -180,8 +180,9 @@ class Stream:
         self._keys[:, :, plan.move_to] = keys
         source, target = plan.image_index[plan.move_from], plan.image_index[plan.move_to]
         cos, sin = mrope_cos_sin(plan.positions[:, target], self.model.config.text, keys.dtype)
-        # The rotation of `rope.rotate`, for all layers at once.
-        cache.keys[:, :, target] = torch.addcmul(keys * cos, keys.roll(keys.shape[-1] // 2, dims=-1), sin)
+        layers, heads = keys.shape[:2]
+        turned = rotate(keys.permute(2, 0, 1, 3).flatten(1, 2), cos, sin)  # all layers at once
+        cache.keys[:, :, target] = turned.unflatten(1, (layers, heads)).permute(1, 2, 0, 3)
         cache.values[:, :, target] = cache.values[:, :, source]
 
     def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> VisionFeatures:
