@@ -18,7 +18,7 @@ from flashdrive_node.model.attention import attend, group_mask
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.prompt import ImageSpan
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
-from support.stream_windows import Window, features_of, state, stream_config, stream_model, tick
+from support.stream_windows import Window, features_of, state, stream_model, tick
 
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # float32, sums of some hundred terms in another order.
@@ -30,7 +30,7 @@ NAV = [None, "Turn left in 30m", "Turn right onto a long street in 120m, then ke
 def drive(seed: int, ticks: int, cameras: list[int] | None = None, frames: int = 4) -> Iterator[Window | None]:
     """Windows of a drive with everything that happens to streams; None is a reset."""
     draw = random.Random(seed)
-    cameras = cameras or sorted(draw.sample(range(7), draw.randint(1, 4)))
+    cameras = cameras or sorted(draw.sample(range(7), draw.choice([1, 2, 3, 4, 7])))
     stamps = {camera: tuple(100 * (i + 1) + camera for i in range(frames)) for camera in cameras}
     window = Window(stamps)
     for k in range(ticks):
@@ -72,7 +72,7 @@ def from_scratch(stream: Stream, window: Window) -> tuple[Tensor, Tensor, Tensor
 @given(seed=st.integers(0, 9999), mode=st.sampled_from(["full", "features"]))
 def test_exact_modes_end_where_a_fresh_window_would(seed, mode):
     """Ticks, repeats, gaps, navigation, resets, lost cameras: always bit for bit the plain path's state."""
-    stream = Stream(stream_model(seed % 3), StreamSettings(mode), ROOM)
+    stream = Stream(stream_model(seed % 4), StreamSettings(mode), ROOM)
     for window in drive(seed, 8):
         if window is None:
             stream.reset()
@@ -87,7 +87,7 @@ def test_exact_modes_end_where_a_fresh_window_would(seed, mode):
 @QUICK
 @given(seed=st.integers(0, 9999))
 def test_kv_with_every_frame_refreshed_equals_full(seed):
-    stream = Stream(stream_model(seed % 3), StreamSettings("kv", refresh_every=1), ROOM)
+    stream = Stream(stream_model(seed % 4), StreamSettings("kv", refresh_every=1), ROOM)
     for window in drive(seed, 6):
         if window is None:
             stream.reset()
@@ -101,7 +101,7 @@ def test_kv_with_every_frame_refreshed_equals_full(seed):
 @given(seed=st.integers(0, 9999))
 def test_kv_of_one_view_refreshed_in_turn_equals_full(seed):
     """With one camera its turn is always: kept slots are in front of the first image only."""
-    stream = Stream(stream_model(seed % 3), StreamSettings("kv", refresh_views=True), ROOM)
+    stream = Stream(stream_model(seed % 4), StreamSettings("kv", refresh_views=True), ROOM)
     for window in drive(seed, 6, [seed % 7]):
         if window is not None:
             context, logits, _ = tick(stream, window)
@@ -112,7 +112,7 @@ def test_kv_of_one_view_refreshed_in_turn_equals_full(seed):
 @given(seed=st.integers(0, 9999), refresh_views=st.booleans())
 def test_first_layer_and_all_text_of_kv_are_always_exact(seed, refresh_views):
     """Layer 0 looks at nothing but its own token, so whatever was kept, moved and rotated must be what full gives."""
-    stream = Stream(stream_model(seed % 3), StreamSettings("kv", refresh_views=refresh_views), ROOM)
+    stream = Stream(stream_model(seed % 4), StreamSettings("kv", refresh_views=refresh_views), ROOM)
     for window in drive(seed, 10):
         if window is None:
             stream.reset()
@@ -160,7 +160,7 @@ def dense(stream: Stream, window: Window, before: tuple[Tensor, Tensor], rows: T
 @given(seed=st.integers(0, 9999), refresh_views=st.booleans())
 def test_kv_equals_a_dense_mask_over_what_is_kept(seed, refresh_views):
     """Every window of kv, against rows under a dense mask on the last window's entries, moved frame by frame."""
-    stream = Stream(stream_model(seed % 3), StreamSettings("kv", refresh_views=refresh_views), ROOM)
+    stream = Stream(stream_model(seed % 4), StreamSettings("kv", refresh_views=refresh_views), ROOM)
     unrotated: dict[tuple[int, int], list[Tensor]] = {}  # per frame and layer, keys of the window that computed them
     values_of: dict[tuple[int, int], list[Tensor]] = {}
     for window in drive(seed, 7):
@@ -214,7 +214,7 @@ def poison(stream: Stream) -> None:
 @given(seed=st.integers(0, 9999), mode=st.sampled_from(["full", "features", "kv"]))
 def test_unused_slots_are_never_seen(seed, mode):
     """NaN behind the prompt before every window, and everywhere after a reset, changes nothing."""
-    stream, clean = (Stream(stream_model(seed % 3), StreamSettings(mode), ROOM) for _ in range(2))
+    stream, clean = (Stream(stream_model(seed % 4), StreamSettings(mode), ROOM) for _ in range(2))
     for window in drive(seed, 8):
         if window is None:
             stream.reset()
@@ -228,7 +228,7 @@ def test_unused_slots_are_never_seen(seed, mode):
 @QUICK
 @given(seed=st.integers(0, 9999), mode=st.sampled_from(["features", "kv"]))
 def test_streams_over_one_set_of_weights_do_not_affect_each_other(seed, mode):
-    model = stream_model(seed % 3)
+    model = stream_model(seed % 4)
     together = [Stream(model, StreamSettings(mode), ROOM) for _ in range(2)]
     drives = [[w for w in drive(seed + i, 5) if w is not None] for i in range(2)]
     found: list[list[Tensor]] = [[], []]
@@ -286,7 +286,7 @@ def test_what_a_tick_computes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ageing_equals_a_fresh_rotation_after_any_number_of_slides(dtype):
     """1, 3 and 10,000 slides: kept keys are exactly what rotating them at their place gives, in both precisions."""
-    model = stream_model(0).to(dtype) if dtype == torch.float32 else _bfloat16_model()
+    model = stream_model(0, dtype)
     stream = Stream(model, StreamSettings("kv"), ROOM)
     context, _, _ = tick(stream, Window({0: (1, 2, 3, 4), 1: (1, 2, 3, 4)}))
     prompt = Window({0: (1, 2, 3, 4), 1: (1, 2, 3, 4)}).prompt(model)
@@ -312,12 +312,6 @@ def test_ageing_equals_a_fresh_rotation_after_any_number_of_slides(dtype):
                     for layer, keys in enumerate(originals[image]):
                         fresh = rotate(keys.transpose(0, 1), cos, sin).transpose(0, 1)
                         assert torch.equal(context.cache.keys[layer, :, span], fresh)
-
-
-def _bfloat16_model():
-    from support.small_models import random_model
-
-    return random_model(stream_config(), 0, torch.bfloat16)
 
 
 def _offsets(images: tuple[ImageSpan, ...]) -> dict[ImageSpan, int]:

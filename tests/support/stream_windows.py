@@ -26,17 +26,34 @@ from support.small_models import random_model
 
 
 @lru_cache
-def stream_config(**text: Any) -> AlpamayoConfig:
-    """The recorded model's configuration and vocabulary with narrower layers; `text` changes the language model."""
+def stream_config(labels: bool = True, levels: int = 2, **text: Any) -> AlpamayoConfig:
+    """The recorded model's configuration and vocabulary with narrower layers.
+
+    Args:
+        labels: Whether cameras are named and frames numbered, as in 1.5; R1 has the bare images.
+        levels: Levels of DeepStack features.
+        text: Changes to the language model.
+    """
     base = oracle_small.config()
     model, vlm = copy.deepcopy(base.raw), copy.deepcopy(base.raw_vlm)
+    model |= {"include_camera_ids": labels, "include_frame_nums": labels}
     vlm["text_config"] |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, **text}
+    model["expert_cfg"] |= {k: text[k] for k in ("num_key_value_heads",) if k in text and k in model["expert_cfg"]}
     vlm["vision_config"] |= {
         "out_hidden_size": vlm["text_config"]["hidden_size"],
         "depth": 2,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": list(range(levels)),
     }
     return parse_config(model, vlm, "stream")
+
+
+#: Models of tests, by number: layers, heads, DeepStack levels and the prompt's labels differ.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {},
+    {"labels": False, "num_hidden_layers": 3, "num_attention_heads": 6},
+    {"levels": 1, "num_attention_heads": 2, "hidden_size": 48},
+    {"levels": 0, "num_hidden_layers": 1, "intermediate_size": 20},
+)
 
 
 @lru_cache
@@ -45,8 +62,9 @@ def tokenizer() -> AlpamayoTokenizer:
 
 
 @lru_cache(maxsize=8)
-def stream_model(seed: int, config: AlpamayoConfig | None = None) -> Alpamayo:
-    return random_model(config or stream_config(), seed)
+def stream_model(number: int, dtype: torch.dtype = torch.float32) -> Alpamayo:
+    """A model with random weights and one of `SHAPES`."""
+    return random_model(stream_config(**SHAPES[number % len(SHAPES)]), number, dtype)
 
 
 @dataclass(frozen=True)
