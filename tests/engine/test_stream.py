@@ -98,14 +98,21 @@ def test_kv_with_every_frame_refreshed_equals_full(seed):
 
 
 @QUICK
-@given(seed=st.integers(0, 9999))
-def test_kv_of_one_view_refreshed_in_turn_equals_full(seed):
-    """With one camera its turn is always: kept slots are in front of the first image only."""
-    stream = Stream(stream_model(seed % 4), StreamSettings("kv", refresh_views=True), ROOM)
-    for window in drive(seed, 6, [seed % 7]):
-        if window is not None:
-            context, logits, _ = tick(stream, window)
-            torch.testing.assert_close((logits, *state(context)), from_scratch(stream, window), **CLOSE)
+@given(seed=st.integers(0, 9999), cameras=st.integers(1, 4), changed=st.integers(0, 3))
+def test_kv_is_exact_where_nothing_in_front_of_kept_frames_changed(seed, cameras, changed):
+    """The last cameras all new (or none), other history, text coming and going: kept cameras are in front of it all."""
+    draw = random.Random(seed)
+    stream = Stream(stream_model(seed % 4), StreamSettings("kv"), ROOM)
+    window = Window(dict.fromkeys(sorted(draw.sample(range(7), cameras)), (1, 2, 3, 4)))
+    tick(stream, window)
+    for k in range(1, 4):
+        new = sorted(window.stamps)[max(cameras - changed, 1) :]
+        stamps = window.stamps | {camera: tuple(range(10 * k, 10 * k + 4)) for camera in new}
+        window = Window(stamps, draw.choice(NAV), k)
+        context, logits, plan = tick(stream, window)
+        assert plan.rows is not None
+        assert len(plan.encode) == 4 * len(new)
+        torch.testing.assert_close((logits, *state(context)), from_scratch(stream, window), **CLOSE)
 
 
 @QUICK

@@ -113,23 +113,23 @@ def decode(
     kept: list[tuple[Tensor, Tensor]] = []
     slots: list[int] = []
     rounds = 0
-    for row in range(rows):
+    for _ in range(rows):
         cache.used = prefix
         tokens, passes = _decode_row(model, context, logits, states, draft, settings, rule, forbidden, generator)
         texts.append(tokens)
         rounds += passes
         slots.append(cache.used - prefix)
-        if row < rows - 1:  # the next row is decoded in the same place
-            kept.append(tuple(t[:, :, prefix : cache.used].clone() for t in (cache.keys, cache.values)))  # type: ignore[arg-type]
+        if rows > 1:  # the next row is decoded in the same place
+            kept.append(
+                (cache.keys[:, :, prefix : cache.used].clone(), cache.values[:, :, prefix : cache.used].clone())
+            )
     if rows > 1:
-        last = tuple(t[:, :, prefix : cache.used].clone() for t in (cache.keys, cache.values))
-        start = prefix
-        for keys, values in (*kept, last):
-            end = start + keys.shape[2]
-            cache.keys[:, :, start:end].copy_(keys)
-            cache.values[:, :, start:end].copy_(values)
-            start = end
-        cache.used = start
+        cache.used = prefix
+        for keys, values in kept:
+            end = cache.used + keys.shape[2]
+            cache.keys[:, :, cache.used : end].copy_(keys)
+            cache.values[:, :, cache.used : end].copy_(values)
+            cache.used = end
     longest = max(len(t) for t in texts)
     padded = torch.tensor([t + [rule.pad] * (longest - len(t)) for t in texts], device=logits.device)
     text = Generated(padded, tuple(len(t) for t in texts), tuple(t[-1] == rule.stop for t in texts))
