@@ -16,7 +16,7 @@ def test_nothing_leaks_and_nothing_is_lost(tmp_path, capsys):
     assert report.unanswered == []
     assert report.resets >= 1
     first, last = report.samples[len(report.samples) // 5], report.samples[-1]
-    assert report.growth_mb() < 6.0
+    assert report.growth_mb() < 3.0
     assert last.threads <= first.threads
     assert last.descriptors <= first.descriptors
     assert len(report.cameras) == 4

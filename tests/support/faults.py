@@ -15,7 +15,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from support.malformed import publish_malformed
 from support.node_process import Bench, NodeProcess
-from support.observer import OK, Observer, Status
+from support.observer import ERROR, OK, Observer, Status
 from support.vehicle import Fault, ImageMessage, Vehicle, to_ns, to_time
 
 NOTHING = "nothing"
@@ -212,6 +212,20 @@ def heal(scene: Scene) -> None:
     scene.vehicle.odometry_fault = None
 
 
+def second_driver(scene: Scene) -> None:
+    """Four further frames between any two, as if the rig knew the wrong rate or two drivers published."""
+    camera = scene.vehicle.cameras[COMPRESSED]
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        scene.vehicle.publish_image(COMPRESSED, message)
+        stamp_ns = to_ns(message.header.stamp)
+        for i in range(1, 4):
+            scene.vehicle.publish_image(COMPRESSED, camera.message(number, stamp_ns + i * 20_000_000))
+        return camera.message(number, stamp_ns + 80_000_000)
+
+    camera.fault = fault
+
+
 def resize(scene: Scene) -> None:
     scene.vehicle.cameras[COMPRESSED].width, scene.vehicle.cameras[COMPRESSED].height = SIZE[0] * 2, SIZE[1] * 2
 
@@ -290,6 +304,18 @@ def malformed(scene: Scene) -> None:
 def reset_service(scene: Scene) -> None:
     answer = scene.bench.call(Trigger, f"{scene.node.full_name}/reset", Trigger.Request())
     assert answer.success, answer.message
+
+
+def reset_while_hanging(scene: Scene) -> None:
+    """A window is under way when the reset comes, and ends after it."""
+    since_s = time.monotonic()
+    fake("hang")(scene)
+    scene.observer.wait_status("inference", ERROR, "hanging", since_s=since_s)
+    before = scene.observer.count()
+    reset_service(scene)
+    fake("none")(scene)
+    time.sleep(0.6)
+    assert scene.observer.count() == before, "the result of a window from before the reset was published"
 
 
 def pause(value: bool) -> Callable[[Scene], None]:

@@ -28,8 +28,8 @@ ERROR_SHOWN_S = 2.0
 QUIET_S = 0.5
 #: After activation or a reset: 1.5 s of odometry and 0.3 s of frames have to come in first.
 SETTLING_S = 3.0
-#: Share of the expected rate below which a camera is reported.
-LOW_RATE = 0.75
+#: Shares of the expected rate below and above which a camera is reported.
+LOW_RATE, HIGH_RATE = 0.75, 1.5
 
 
 @dataclass
@@ -218,6 +218,8 @@ def _camera(
         return WARN, f"the rig says {spec.width}x{spec.height}, CameraInfo {info[0]}x{info[1]}"
     if 0 < camera.rate_hz < LOW_RATE * spec.rate_hz:
         return WARN, f"{camera.rate_hz:.1f} Hz, {spec.rate_hz:.0f} Hz are expected"
+    if camera.rate_hz > HIGH_RATE * spec.rate_hz:
+        return WARN, f"{camera.rate_hz:.1f} Hz, {spec.rate_hz:.0f} Hz are expected (do two drivers publish it?)"
     return OK, f"{camera.rate_hz:.1f} Hz"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from flashdrive_node.engine.fake import FakeEngine, FakeSettings
 from flashdrive_node.engine.protocol import Engine
@@ -63,6 +64,7 @@ def _plain(parameters: Parameters, rig: Rig) -> Engine:
             checkpoint=parameters.checkpoint,
             revision=parameters.revision or None,
             allow_download=parameters.allow_download,
+            overlay=Path(parameters.overlay) if parameters.overlay else None,
             device=parameters.device,
             precision=parameters.precision,
             samples=parameters.num_samples,
@@ -74,6 +76,7 @@ def _plain(parameters: Parameters, rig: Rig) -> Engine:
             ),
             flow_steps=parameters.flow_steps,
             guidance_weight=parameters.guidance_weight,
+            noise_temperature=parameters.noise_temperature,
             seed=parameters.seed,
             cameras=tuple(camera.index for camera in rig.cameras),
             # The warm-up window is to look like the real ones.

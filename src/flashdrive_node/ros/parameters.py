@@ -112,6 +112,9 @@ class Parameters:
     checkpoint: str = _parameter("", "Directory of a checkpoint, or a Hugging Face id; needed by the plain engine")
     revision: str = _parameter("", "Revision of the Hugging Face id; empty takes the cached default")
     allow_download: bool = _parameter(False, "Fetch a checkpoint that is not in the local cache")
+    overlay: str = _parameter(
+        "", "File or directory of a fine-tuned expert to put over the checkpoint's; empty for none"
+    )
     device: str = _parameter("auto", "PyTorch device: auto (GPU where there is one), cpu, cuda or cuda:N")
     precision: str = _parameter(
         "auto", "Arithmetic of the networks; auto is bfloat16 on a GPU", choices=("auto", "bfloat16", "float32")
@@ -124,6 +127,9 @@ class Parameters:
     flow_steps: int = _parameter(10, "Integration steps of the trajectory", span=(1, 100))
     guidance_weight: float = _parameter(
         1.0, "Weight of the navigation text in classifier-free guidance; 1 is off", span=(0.0, 10.0)
+    )
+    noise_temperature: float = _parameter(
+        1.0, "Scale of the noise that trajectories start from; less is less diverse", span=(0.0, 2.0)
     )
     seed: int = _parameter(0, "Seed of the sampling", span=(0, 2**31 - 1))
     hang_timeout_s: float = _parameter(
