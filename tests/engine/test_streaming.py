@@ -152,6 +152,22 @@ def test_drafted_text_is_the_plain_text(loaded, windows):
 
 
 @pytest.mark.parametrize("drafted", [False, True])
+def test_nothing_behind_the_prompt_is_left_over_from_the_last_window(loaded, windows, drafted):
+    """NaN in every slot behind the prompt before a window: blocks, single tokens and waypoints never see it."""
+    drafter = random_drafter(loaded) if drafted else None
+    poisoned, clean = (engine(loaded, drafter=drafter, samples=2, schedule=PUBLISHED_8) for _ in range(2))
+    for window in windows:
+        expected = clean.step(window)
+        prediction = poisoned.step(window)
+        assert_same(prediction, expected)
+        end = int(prediction.metrics["prompt_tokens"])
+        assert poisoned.stream is not None
+        with torch.inference_mode():
+            for tensor in (poisoned.stream.cache.keys, poisoned.stream.cache.values):
+                tensor[:, :, end:] = torch.nan
+
+
+@pytest.mark.parametrize("drafted", [False, True])
 def test_shared_text_and_own_noise(loaded, windows, drafted):
     drafter = random_drafter(loaded) if drafted else None
     shared = engine(loaded, drafter=drafter, samples=3, shared_text=True).step(windows[0])

@@ -20,6 +20,7 @@ from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.engine.speculative import DraftRule, Taps
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
+from flashdrive_node.engine.window_plan import plan_window
 from flashdrive_node.model import inference
 from flashdrive_node.model.errors import InputError, ModelError
 from flashdrive_node.model.flow_matching import Velocity
@@ -77,6 +78,7 @@ class StreamingEngine(PlainEngine):
     def close(self) -> None:
         """Free the weights and the stream."""
         self.stream = self.drafter = self._states = self._table = None
+        plan_window.cache_clear()  # plans hold index tensors on the device
         super().close()
 
     def _stream(self) -> Stream:
