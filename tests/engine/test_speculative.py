@@ -1,6 +1,5 @@
 """Speculative decoding against one-at-a-time decoding: tokens, cache, what the expert sees, and distributions."""
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -86,17 +85,29 @@ class Prompted:
         )
 
 
-def guesser(prompted: Prompted, text: list[int], block: int, right: Callable[[], bool], log: list) -> Propose:
+def accepted(text: list[int], done: int, guesses: list[int]) -> int:
+    """How many guesses behind `done` tokens are right; behind the closing token the stop token is guessed."""
+    previous, count = [text[done - 1], *guesses], 0
+    for before, guess, token in zip(previous, guesses, text[done:], strict=False):
+        if (STOP if before == CLOSING else guess) != token:
+            break
+        count += 1
+    return count
+
+
+def guesser(text: list[int], block: int, right: Callable[[], bool], log: list) -> Propose:
     """Guesses the text's next tokens, each only where `right` says so; logs (tokens so far, guesses)."""
 
     def propose(known: Tensor, states: Tensor) -> Tensor:
         assert bool(states.isfinite().all())
-        done = prompted.context.cache.used - prompted.context.prefix + 1
+        done = 1
+        if log:
+            done = log[-1][0] + accepted(text, *log[-1]) + 1
         assert known.tolist() == [text[done - 1]]
         nexts = [*text[done : done + block - 1], *[WORDS[0]] * block][: block - 1]
         guesses = [token if right() else WORDS[(token + 1) % len(WORDS)] for token in nexts]
         log.append((done, guesses))
-        return torch.tensor(guesses)
+        return torch.tensor([guesses])
 
     return propose
 
@@ -115,17 +126,10 @@ def way_to_end(text: list[int], log: list, block: int) -> str:
     if not log:
         return f"{kind} as first token"
     done, guesses = log[-1]
-    given_after_closing = [
-        STOP if previous == CLOSING else guess for previous, guess in itertools.pairwise([text[done - 1], *guesses])
-    ]
-    accepted = 0
-    for guess, token in zip(given_after_closing, text[done:], strict=False):
-        if guess != token:
-            break
-        accepted += 1
-    if done + accepted >= len(text):
+    count = accepted(text, done, guesses)
+    if done + count >= len(text):
         return f"{kind} inside a block"
-    return f"{kind} as bonus after a {'full' if accepted == block - 1 else 'partial'} block"
+    return f"{kind} as bonus after a {'full' if count == block - 1 else 'partial'} block"
 
 
 def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
@@ -154,7 +158,7 @@ def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
                     if right is None:
                         propose = lambda known, states: network.propose(model.language, known, states, None)  # noqa: E731, B023
                     else:
-                        propose = guesser(prompted, text, block, right, log)
+                        propose = guesser(text, block, right, log)
                     found = prompted.speculate(propose, block, greedy)
                     assert found.text.rows() == [text], (seed, name)
                     assert (found.text.lengths, found.text.stopped) == (expected.lengths, expected.stopped)
@@ -186,7 +190,9 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
     prompted = Prompted(model, seed, rows, 10, block, 2)
     sampling = SamplingSettings(temperature=1.5, max_length=10)
     generator = torch.Generator().manual_seed(seed)
-    random_guesses = lambda known, states: torch.tensor([draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)])  # noqa: E731
+    random_guesses = lambda known, states: torch.tensor(  # noqa: E731
+        [[draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)] for _ in known]
+    )
     found = prompted.speculate(random_guesses, block, sampling, rows, generator)
     x = torch.randn(rows, 5, 2, generator=generator)
     t = torch.tensor(0.4)
@@ -236,8 +242,8 @@ def test_sampled_texts_have_the_models_distribution(drafter):
     text = list(ranked[-1] if drafter == "likely" else ranked[0])
 
     def propose(known: Tensor, states: Tensor) -> Tensor:
-        done = prompted.context.cache.used - prompted.context.prefix + 1
-        return torch.tensor([*text[done:], 10, 10][:2])
+        done = text.index(int(known)) + 1 if int(known) in text else len(text)
+        return torch.tensor([[*text[done:], 10, 10][:2]])
 
     generator, runs = torch.Generator().manual_seed(7), 700
     counts = Counter(
@@ -261,4 +267,4 @@ def test_sampled_texts_have_the_models_distribution(drafter):
 def test_a_small_cache_is_refused_before_anything_is_decoded():
     prompted = Prompted(talking_model(0), 0, 1, 4, 3, 1)
     with pytest.raises(ValueError, match=r"the cache has \d+ slots, \d+ are needed"):
-        prompted.speculate(lambda known, states: known.repeat(2), 3, SamplingSettings(temperature=0, max_length=40))
+        prompted.speculate(lambda known, states: known.repeat(1, 2), 3, SamplingSettings(temperature=0, max_length=40))

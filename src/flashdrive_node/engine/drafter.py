@@ -13,9 +13,8 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
-from flashdrive_node.model.attention import attend
 from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
@@ -137,43 +136,44 @@ class Drafter(nn.Module):
         self.register_buffer("mask_embedding", torch.empty(hidden))
 
     def forward(self, token: Tensor, context: Tensor) -> Tensor:
-        """Hidden states of the guesses.
+        """Hidden states of the guesses for several texts at once.
 
         Args:
-            token: Embedding of the known token, [1, hidden].
-            context: States of the last accepted tokens, oldest first, [context_length, context_size].
+            token: Embedding of each text's known token, [texts, hidden].
+            context: States of each text's last accepted tokens, oldest first, [texts, context_length, context_size].
 
         Returns:
-            [block_size - 1, hidden], for the target's output head.
+            [texts, block_size - 1, hidden], for the target's output head.
         """
-        config = self.config
-        x = torch.cat((token, self.mask_embedding.expand(config.block_size - 1, -1)))
+        config, texts = self.config, len(token)
+        x = torch.cat((token[:, None], self.mask_embedding.expand(texts, config.block_size - 1, -1)), dim=1)
         states = self.hidden_norm(self.fc(context))
-        positions = torch.arange(context.shape[0] + x.shape[0], device=x.device).expand(3, -1)
+        first = context.shape[1]
+        positions = torch.arange(first + config.block_size, device=x.device).expand(3, -1)
         cos, sin = mrope_cos_sin(positions, config.decoder, x.dtype)
-        first = context.shape[0]
         for module in self.layers:
             layer = cast(DecoderLayer, module)
             q, k, v = layer.project(x)
             kv = linear(states, layer.qkv.weight[layer.q_size :]).unflatten(-1, (-1, layer.head_dim))
-            context_k, context_v = kv.chunk(2, dim=1)
-            k = rotate(torch.cat((layer.k_norm(context_k), k)), cos, sin)
-            v = torch.cat((context_v, v))
-            attended = attend(rotate(q, cos[first:], sin[first:]), k.transpose(0, 1), v.transpose(0, 1))
-            x = layer.finish(x, attended)
-        return self.norm(x[1:])
+            context_k, context_v = kv.chunk(2, dim=2)
+            k = rotate(torch.cat((layer.k_norm(context_k), k), dim=1), cos, sin)
+            v = torch.cat((context_v, v), dim=1)
+            q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos[first:], sin[first:]), k, v))
+            attended = scaled_dot_product_attention(q, k, v, enable_gqa=layer.group_size > 1)
+            x = layer.finish(x, attended.transpose(1, 2).flatten(2))
+        return self.norm(x[:, 1:])
 
     def propose(self, language: LanguageModel, token: Tensor, context: Tensor, forbidden: Tensor | None) -> Tensor:
         """The likeliest guesses.
 
         Args:
             language: The target, for its embedding table and output head.
-            token: The known token, int64 [1].
+            token: The known token of each text, int64 [texts].
             context: See `forward`.
             forbidden: Added to the logits, [vocabulary], -inf for tokens that are never generated.
 
         Returns:
-            int64 [block_size - 1].
+            int64 [texts, block_size - 1].
         """
         logits = language.logits(self(embedding(token, language.embed_tokens.weight), context))
         return (logits if forbidden is None else logits + forbidden).argmax(dim=-1)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from flashdrive_node.engine.slot_pass import run_at_slots
 from flashdrive_node.engine.window_plan import Mode, RowPlan, WindowPlan, match_frames, plan_window
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.attention import attend, attend_causal, group_mask
-from flashdrive_node.model.decoder import DecoderLayer, Observe
+from flashdrive_node.model.decoder import Observe
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
@@ -223,29 +224,24 @@ def run_rows(
     language, config = model.language, model.config.text
     x = embedding(ids[rows.slots], language.embed_tokens.weight)
     x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
-    cos, sin = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
     mask = group_mask(rows.text_mask, config.group_size, x.dtype)
     seen = rows.text_mask.shape[1]
-    for i, module in enumerate(language.layers):
-        layer = cast(DecoderLayer, module)
-        q, k, v = layer.project(x)
-        if observe:
-            observe(f"k_pre_rope.{i}", k)
-            observe(f"v_proj.{i}", v)
-        keys, values = cache.keys[i], cache.values[i]
-        keys.index_copy_(1, rows.slots, rotate(k, cos, sin).transpose(0, 1))
-        values.index_copy_(1, rows.slots, v.transpose(0, 1))
-        q = rotate(q, cos, sin)
-        attended = torch.empty(len(q), config.q_size, device=x.device, dtype=x.dtype)
+
+    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        attended = torch.empty(len(q), config.q_size, device=q.device, dtype=q.dtype)
         for run in rows.runs:
-            end = run.slots
-            attended[run.first : run.end] = attend_causal(q[run.first : run.end], keys[:, :end], values[:, :end])
+            own = slice(run.first, run.end)
+            attended[own] = attend_causal(q[own], keys[:, : run.slots], values[:, : run.slots])
         if seen:
             texts = attend(q[rows.text_rows], keys[:, :seen], values[:, :seen], mask)
             attended.index_copy_(0, rows.text_rows, texts)
-        x = layer.finish(x, attended)
-        if observe:
-            observe(f"layer_out.{i}", x)
-        if i < len(features.deepstack):
-            x.index_add_(0, rows.image_rows, features.deepstack[i][rows.image_tokens])
+        return attended
+
+    def deepstack(layer: int, hidden: Tensor) -> Tensor:
+        if layer >= len(features.deepstack):
+            return hidden
+        return hidden.index_add_(0, rows.image_rows, features.deepstack[layer][rows.image_tokens])
+
+    positions = plan.positions[:, rows.slots]
+    x = run_at_slots(language, x, positions, rows.slots, cache, attention, deepstack, observe)
     return language.norm(x[-1:])
