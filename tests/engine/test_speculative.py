@@ -229,12 +229,12 @@ def exact_probabilities(prompted: Prompted, settings: SamplingSettings) -> dict[
     return texts
 
 
-@pytest.mark.parametrize("drafter", ["likely", "unlikely"])
-def test_sampled_texts_have_the_models_distribution(drafter):
+@pytest.mark.parametrize(("drafter", "rows"), [("likely", 1), ("unlikely", 1), ("likely", 3)])
+def test_sampled_texts_have_the_models_distribution(drafter, rows):
     """Chi-square of 700 texts against exact probabilities; the drafter always guesses the same."""
     model = talking_model(5, ends=1.0)
     sampling = SamplingSettings(temperature=1.3, top_p=0.95, top_k=3, max_length=3)
-    prompted = Prompted(model, 3, 1, 3, 3, 1)
+    prompted = Prompted(model, 3, rows, 3, 3, 1)
     exact = exact_probabilities(prompted, sampling)
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
     assert len(exact) >= 10
@@ -242,15 +242,15 @@ def test_sampled_texts_have_the_models_distribution(drafter):
     text = list(ranked[-1] if drafter == "likely" else ranked[0])
 
     def propose(known: Tensor, states: Tensor) -> Tensor:
-        done = text.index(int(known)) + 1 if int(known) in text else len(text)
-        return torch.tensor([[*text[done:], 10, 10][:2]])
+        done = [text.index(token) + 1 if token in text else len(text) for token in known.tolist()]
+        return torch.tensor([[*text[n:], 10, 10][:2] for n in done])
 
-    generator, runs = torch.Generator().manual_seed(7), 700
-    counts = Counter(
-        tuple(prompted.speculate(propose, 3, sampling, generator=generator).text.rows()[0]) for _ in range(runs)
-    )
+    generator, runs, counts = torch.Generator().manual_seed(7), 700, Counter()
+    while counts.total() < runs:
+        found = prompted.speculate(propose, 3, sampling, rows, generator)
+        counts.update(tuple(row) for row in found.text.rows())
     assert counts.keys() <= exact.keys()
-    expected = {key: runs * p for key, p in exact.items()}
+    expected = {key: counts.total() * p for key, p in exact.items()}
     # Rare texts share one class.
     rare = [key for key, n in expected.items() if n < 8]
     classes = [(counts[key], n) for key, n in expected.items() if n >= 8]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.stream import Stream
 from flashdrive_node.engine.window_plan import WindowPlan
+from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.config_parser import parse_config
@@ -65,6 +67,9 @@ def tokenizer() -> AlpamayoTokenizer:
 def stream_model(number: int, dtype: torch.dtype = torch.float32) -> Alpamayo:
     """A model with random weights and one of `SHAPES`."""
     return random_model(stream_config(**SHAPES[number % len(SHAPES)]), number, dtype)
+
+
+NAV = [None, "Turn left in 30m", "Turn right onto a long street in 120m, then keep right"]
 
 
 @dataclass(frozen=True)
@@ -133,3 +138,44 @@ def state(context: Context) -> tuple[Tensor, Tensor]:
     """Keys and values of the prompt."""
     end = context.prefix
     return context.cache.keys[:, :, :end].clone(), context.cache.values[:, :, :end].clone()
+
+
+def from_scratch(stream: Stream, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, keys and values of the model's plain path."""
+    model = stream.model
+    prompt = window.prompt(model)
+    features = features_of(model, window, prompt, range(len(prompt.images)))
+    cache = inference.new_cache(model, len(prompt.ids), 1, 1)
+    ids = window.ids(model, prompt)
+    context, logits = inference.prefill(
+        model, ids, prompt.positions, prompt.rope_delta, cache, features, prompt.image_index
+    )
+    return logits, *state(context)
+
+
+def drive(seed: int, ticks: int, cameras: list[int] | None = None, frames: int = 4) -> Iterator[Window | None]:
+    """Windows of a drive with everything that happens to streams; None is a reset."""
+    draw = random.Random(seed)
+    cameras = cameras or sorted(draw.sample(range(7), draw.choice([1, 2, 3, 4, 7])))
+    stamps = {camera: tuple(100 * (i + 1) + camera for i in range(frames)) for camera in cameras}
+    window = Window(stamps)
+    for k in range(ticks):
+        yield window
+        if draw.random() < 0.1:
+            yield None
+        nav = draw.choice(NAV) if draw.random() < 0.3 else window.nav_text
+        stamps = {}
+        event = draw.random()
+        for camera, old in window.stamps.items():
+            # Mostly one frame, after missed ticks more, each camera on its own now and then; or none, or a gap.
+            new = draw.choice([1, 1, 1, 2, 3, 4]) if event < 0.7 else draw.choice([0, 1, 2]) if event < 0.9 else 0
+            last = old[-1] + (5000 if event > 0.95 else 0)
+            kept = () if event > 0.95 else old
+            new = frames if event > 0.95 else new
+            stamps[camera] = (*kept, *(last + 100 * (i + 1) for i in range(new)))[-frames:]
+        if draw.random() < 0.08 and len(stamps) > 1:
+            stamps.pop(draw.choice(sorted(stamps)))
+        elif draw.random() < 0.08 and (absent := set(cameras) - set(stamps)):
+            camera = min(absent)
+            stamps[camera] = tuple(next(iter(stamps.values()))[i] + camera for i in range(frames))
+        window = Window(stamps, nav, k + 1)
