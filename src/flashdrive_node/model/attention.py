@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -54,11 +55,11 @@ def group_mask(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of a sequence to itself.
+    """Causal attention of the end of a sequence to the sequence: each query sees itself and what is before it.
 
     Args:
-        q: [T, heads, head_dim].
-        k, v: [kv_heads, T, head_dim].
+        q: The last T tokens, [T, heads, head_dim].
+        k, v: All S tokens, [kv_heads, S, head_dim].
 
     Returns:
         [T, heads * head_dim].
@@ -68,7 +69,14 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The grouped form of the CPU kernel writes out the whole score matrix; repeated heads do not.
         group = heads // k.shape[0]
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+    whole = k.shape[1] == tokens
     out = scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k[None], v[None], is_causal=True, enable_gqa=k.shape[0] != heads
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        # `is_causal` lines up first tokens; the bias lines up last ones, and kernels that can take it as a flag do.
+        attn_mask=None if whole else causal_lower_right(tokens, k.shape[1]),
+        is_causal=whole,
+        enable_gqa=k.shape[0] != heads,
     )
     return out[0].transpose(0, 1).reshape(tokens, heads * dim)
