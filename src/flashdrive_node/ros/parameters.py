@@ -108,8 +108,12 @@ class Parameters:
     """The values of all parameters, checked. The order here is the order of the documentation."""
 
     # Engine
-    engine: str = _parameter("plain", "What computes: the model, or a stand-in without one", choices=("plain", "fake"))
-    checkpoint: str = _parameter("", "Directory of a checkpoint, or a Hugging Face id; needed by the plain engine")
+    engine: str = _parameter(
+        "plain",
+        "What computes: the model window by window, the model over a stream of windows, or a stand-in without one",
+        choices=("plain", "streaming", "fake"),
+    )
+    checkpoint: str = _parameter("", "Directory of a checkpoint, or a Hugging Face id; the fake engine needs none")
     revision: str = _parameter("", "Revision of the Hugging Face id; empty takes the cached default")
     allow_download: bool = _parameter(False, "Fetch a checkpoint that is not in the local cache")
     overlay: str = _parameter(
@@ -135,6 +139,21 @@ class Parameters:
     hang_timeout_s: float = _parameter(
         10.0, "A window that computes longer is reported as hanging", span=(0.1, 600.0), unit="s"
     )
+    # Streaming engine
+    stream_mode: str = _parameter(
+        "features",
+        "Keep nothing, the images' features (exact), or keys and values too (approximate, least work)",
+        choices=("full", "features", "kv"),
+    )
+    refresh_every: int = _parameter(
+        0, "In mode kv, compute all images anew every so many windows; 0 is never", span=(0, 100000)
+    )
+    refresh_views: bool = _parameter(False, "In mode kv, compute one camera's images anew in every window, in turn")
+    drafter: str = _parameter("", "Directory of a DFlash drafter that guesses the text; empty for none")
+    flow_schedule: str = _parameter(
+        "", "Flow steps to evaluate, such as 8:0,1,2,7 or 8:0,1,2,7:linear; empty evaluates all flow_steps"
+    )
+    shared_text: bool = _parameter(False, "One reasoning for all samples in place of one each")
     # Inputs
     rig: str = _parameter("sample", "Camera rig: name of a file in params/rigs, or a path to one", AT_START)
     frame_interval_s: float = _parameter(0.1, "Time between the four frames of a camera", span=(0.02, 1.0), unit="s")
@@ -205,6 +224,7 @@ def _spec(entry: Field[Any]) -> ParameterSpec:
 #: Headings of the YAML by the first parameter under them.
 _HEADINGS = {
     "engine": "Engine",
+    "stream_mode": "Streaming engine (engine: streaming)",
     "rig": "Inputs",
     "output_frame": "Outputs and what is withheld",
     "auto_activate": "Node",

@@ -17,12 +17,20 @@ pytestmark = [pytest.mark.ros, pytest.mark.timeout(120)]
 CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
 
 
-def test_images_become_a_trajectory_of_the_model(bench: Bench, tmp_path):
+@pytest.mark.parametrize(
+    ("engine", "own", "name"),
+    [
+        ("plain", {}, "plain alpamayo1_5"),
+        ("streaming", {"stream_mode": "kv", "flow_schedule": "8:0,1,2,7"}, "streaming (kv) alpamayo1_5"),
+    ],
+)
+def test_images_become_a_trajectory_of_the_model(bench: Bench, tmp_path, engine, own, name):
     camera = Camera("front", 1, width=320, height=192)
     # A small random model drives wildly and never ends its text: bounds that only what is broken exceeds.
     bounds = {"max_acceleration": 20.0, "max_curvature": 2.0, "max_result_age_s": 30.0}
-    parameters = bounds | {
-        "engine": "plain",
+    parameters = bounds | own
+    parameters |= {
+        "engine": engine,
         "checkpoint": CHECKPOINT,
         "device": "cpu",
         "precision": "float32",
@@ -43,7 +51,7 @@ def test_images_become_a_trajectory_of_the_model(bench: Bench, tmp_path):
             observer.wait_status("inference", ERROR, "withheld: reasoning")
         observer.close()
     for record in (first, last):
-        assert record["engine"]["name"].startswith("plain alpamayo1_5")
+        assert record["engine"]["name"] == name
         assert len(record["engine"]["sha256"]) == 64
         assert len(record["samples"]) == 2
         assert record["initial_speed_m_s"] == pytest.approx(8.0, rel=0.01)
