@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint types check clean
+.PHONY: help setup demo test soak lint types check clean
 
 help:
 	@echo "make demo   run the main job on what is bundled; results in out/demo/"
 	@echo "make test   lint, types and all tests"
+	@echo "make soak   an hour of simulated driving as fast as the node goes: memory, threads, lost frames"
 	@echo "make lint | types | clean"
 
 setup: $(STAMP)
@@ -31,6 +32,9 @@ types: $(STAMP)
 
 test: lint types
 	$(BIN)/pytest
+
+soak: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m support.soak --minutes 60
 
 clean:
 	rm -rf $(VENV) out build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -35,8 +35,10 @@ RUN . /opt/ros/jazzy/setup.bash \
  && rm -rf build log
 COPY --chmod=0755 docker/entrypoint.sh /usr/local/bin/flashdrive-entrypoint
 
-# Weights are mounted, never fetched: the image works without a network.
+# Weights are mounted, never fetched: the image works without a network. Checkpoints without tokenizer files name a
+# Hugging Face id for them; its cache is looked for beside the checkpoint.
 ENV HF_HUB_OFFLINE=1 \
+    HF_HOME=/models/huggingface \
     PYTHONUNBUFFERED=1 \
     RMW_IMPLEMENTATION=rmw_fastrtps_cpp \
     ROS_LOG_DIR=/tmp/ros

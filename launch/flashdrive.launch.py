@@ -18,7 +18,7 @@ ARGUMENTS = (
     ("namespace", "", "namespace of the node and its topics"),
     ("params_file", "", "parameters of the node (YAML); empty: the defaults of params/flashdrive.yaml"),
     ("rig", "sample", "camera rig: a name in params/rigs, or a path to a YAML file"),
-    ("engine", "", "plain or fake; empty: as in params_file"),
+    ("engine", "", "plain, streaming or fake; empty: as in params_file"),
     ("checkpoint", "", "directory of a checkpoint, or a Hugging Face id; empty: as in params_file"),
     ("output_frame", "", "base, odom or map; empty: as in params_file"),
     ("auto_activate", "true", "configure and activate at start"),

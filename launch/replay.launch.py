@@ -30,7 +30,7 @@ ARGUMENTS = (
     ("namespace", "", "namespace of the node and its topics"),
     ("params_file", "", "parameters of the node (YAML); empty: the defaults of params/flashdrive.yaml"),
     ("rig", "sample", "camera rig that fits the recording"),
-    ("engine", "", "plain or fake; empty: as in params_file"),
+    ("engine", "", "plain, streaming or fake; empty: as in params_file"),
     ("checkpoint", "", "directory of a checkpoint, or a Hugging Face id; empty: as in params_file"),
     ("output_frame", "", "base, odom or map; empty: as in params_file"),
     ("rviz", "false", "show cameras, path, samples and markers in RViz"),

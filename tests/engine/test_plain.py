@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from flashdrive_node.engine import plain
 from flashdrive_node.engine.plain import PlainEngine, PlainSettings
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, Observation
+from flashdrive_node.evaluation.demo_model import write_random_checkpoint
 from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.presets import alpamayo_1_5_10b, alpamayo_r1_10b
 from flashdrive_node.model.sampling import SamplingSettings
 
 RECORDING = Path(__file__).parents[1] / "data" / "oracle_small"
@@ -191,3 +193,41 @@ def test_life_cycle(tmp_path):
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         replace(SETTINGS, **arguments)
+
+
+@pytest.mark.parametrize(("release", "prompt_tokens"), [(alpamayo_1_5_10b, 3086), (alpamayo_r1_10b, 3006)])
+def test_both_releases_run_on_four_cameras(tmp_path, release, prompt_tokens):
+    """Published vocabulary, prompt and file format, small layers: from files on disk to two samples."""
+    directory = write_random_checkpoint(tmp_path / "checkpoint", base=release())
+    settings = replace(
+        SETTINGS,
+        checkpoint=str(directory),
+        samples=2,
+        sampling=SamplingSettings(max_length=6),
+        cameras=(0, 1, 2, 6),
+    )
+    engine = PlainEngine(settings)
+    info = engine.load()
+    assert info.name == f"plain {release().model_type}"
+    model = engine.loaded.model
+    # Rounded by the code for 1.5, stored rounded in the file for R1: the same numbers either way.
+    rounded = torch.tensor([0.029052734375, 0.6796875, 0.0002689361572265625, 0.026123046875])
+    torch.testing.assert_close(model.action_space.constants, rounded, rtol=0, atol=0)
+    frequencies = [1, 1.671875, 2.78125, 4.65625, 7.75, 12.9375, 21.5, 36, 60, 100]
+    assert model.expert.action_in_proj.frequencies.tolist() == [frequencies] * 3
+    rng = np.random.default_rng(0)
+    cameras = tuple(
+        CameraFrames(c, (0, 1, 2, 3), tuple(rng.integers(0, 256, (1080, 1920, 3), dtype=np.uint8) for _ in range(4)))
+        for c in settings.cameras
+    )
+    xyz = np.zeros((16, 3), np.float32)
+    xyz[:, 0] = np.arange(-15, 1)
+    observation = Observation(0, 0, cameras, xyz, np.tile(np.eye(3, dtype=np.float32), (16, 1, 1)))
+    prediction = engine.step(observation)
+    assert prediction.metrics["prompt_tokens"] == prompt_tokens
+    assert len(prediction.samples) == 2
+    assert all(np.isfinite(s.xyz).all() for s in prediction.samples)
+    assert prediction.initial_speed == pytest.approx(10.0, abs=0.05)
+    if not model.config.supports_navigation:
+        with pytest.raises(EngineError, match=r"navigation text needs Alpamayo 1\.5"):
+            engine.step(replace(observation, nav_text="Turn left"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.small_models import small_config
 
 from flashdrive_node.model.action_space import ActionSpace, solve_slopes, unwrap, yaw_matrix, yaw_of
+from support.small_models import small_config
 
 DT = 0.1
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.small_models import random_model, small_config
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.language import causal_mask
 from flashdrive_node.model.state_dict import release_slots
+from support.small_models import random_model, small_config
 
 # float32 on both sides, different summation order: a few hundred rounding steps of 6e-8.
 TOLERANCE = 2e-5
@@ -122,14 +122,17 @@ def test_language_model_with_images(config, grids, seed, texts, tail):
 
     cache = KVCache(config.text, len(ids) + 2 * tail, "cpu", torch.float32)
     features = model.vision(pixels, grids)
-    hidden = model.language(
-        ids_tensor, positions[:, 0], cache, features=features, image_index=is_image.nonzero()[:, 0]
-    )
+    hidden = model.language(ids_tensor, positions[:, 0], cache, features=features, image_index=is_image.nonzero()[:, 0])
     assert relative_error(model.language.logits(hidden), out.logits[0]) < TOLERANCE
 
     more = torch.tensor(text(tail))
-    expected = [reference(input_ids=t[None, None], past_key_values=out.past_key_values).logits[0] for t in more]
     index = torch.arange(tail) + len(ids) + int(delta)
+    expected = []
+    for token, at in zip(more, index, strict=True):
+        step = reference(
+            input_ids=token[None, None], position_ids=at.expand(3, 1, 1), past_key_values=out.past_key_values
+        )
+        expected.append(step.logits[0])
     at_once = KVCache(config.text, len(ids) + tail, "cpu", torch.float32)
     at_once.copy_prefix(cache, len(ids))
     together = model.language(more, index.expand(3, -1), at_once, causal_mask(len(ids), tail, torch.device("cpu")))

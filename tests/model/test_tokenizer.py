@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.errors import ConfigError, PromptError
 from flashdrive_node.model.presets import alpamayo_1_5_10b, alpamayo_r1_10b
 from flashdrive_node.model.tokenizer import (
@@ -135,7 +136,7 @@ def test_without_special_tokens_only_the_trajectory_names_are_added():
     ids = {name: first + i for i, name in enumerate(TRAJECTORY_NAMES)}
     raw["traj_token_ids"] = {name.removeprefix("traj_"): i for name, i in ids.items()}
     raw["vocab_size"] = first + 6
-    config = type(CONFIG).from_dicts(raw, CONFIG.raw_vlm)
+    config = parse_config(raw, CONFIG.raw_vlm)
     tokenizer = load_tokenizer(oracle_small.TOKENIZER, config)
     assert {name: tokenizer.id(name) for name in TRAJECTORY_NAMES} == ids
     with pytest.raises(ConfigError, match=r"'<\|cot_start\|>' is required"):

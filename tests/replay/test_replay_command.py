@@ -29,7 +29,7 @@ from support.node_process import Bench, own_domain_id
 pytestmark = pytest.mark.ros
 
 CLI = "flashdrive_node.cli.main"
-QUICK = ("--quiet", "--set", "fake.latency_s=0.02")
+QUICK = ("--quiet", "--set", "fake.latency_s=0.02", "--set", "diagnostics_period_s=0.2")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def test_one_result_per_window_with_the_right_frames(finished: Finished, rig: Ri
     # The first window needs 1.5 s of odometry; then there is one per frame of the cameras, up to 4.0 s.
     windows = finished.report["published"] + sum(finished.report["dropped"].values())
     assert 24 <= windows <= 26
-    assert len(records) == finished.report["published"] >= 15
+    assert len(records) == finished.report["published"] >= 8
     assert len({r["t0_ns"] for r in records}) == len(records)
     for record in records:
         t0_ns = record["t0_ns"]
@@ -90,12 +90,13 @@ def test_figures_are_of_this_run(finished: Finished) -> None:
 def test_recorded_bag_holds_all_outputs_in_time_with_the_drive(finished: Finished, drive: Path) -> None:
     with open_bag(finished.outputs) as reader:
         topics = {topic.removeprefix("/flashdrive_node/"): info.msgcount for topic, info in reader.topics.items()}
-        assert START_NS <= reader.start_time < reader.end_time
-        assert reader.duration / 1e9 == pytest.approx(4.5, abs=1.0)
+        # Stamped with /clock, which runs on for half a second of the wall clock after the drive.
+        assert START_NS <= reader.start_time < START_NS + 3_000_000_000
+        assert START_NS + 3_000_000_000 < reader.end_time < START_NS + 6_000_000_000
     results = topics["output/record"]
     for name in ("output/path", "output/trajectory", "output/trajectory_samples", "output/reasoning", "debug/timing"):
         assert topics[name] == results
-    assert topics["/diagnostics"] >= 4
+    assert topics["/diagnostics"] >= 2
 
 
 def test_page_needs_no_other_file(finished: Finished) -> None:
@@ -124,7 +125,7 @@ def test_video_shows_every_window(finished: Finished, drive: Path, rig: Rig, tmp
 
 
 def test_nothing_published_is_a_failure_and_says_why(tmp_path: Path, drive: Path) -> None:
-    said = run(tmp_path, CLI, "replay", drive, *QUICK, "--set", "fake.fault=nan", "--rate", 2)
+    said = run(tmp_path, CLI, "replay", drive, *QUICK, "--set", "fake.fault=nan", "--duration", 2.5)
     assert said.returncode == 1, said.stdout + said.stderr
     assert "windows      0 published, withheld not_finite" in said.stdout
     assert "inference: withheld" in said.stdout
@@ -182,6 +183,15 @@ def test_ctrl_c_finishes_the_recording_and_leaves_nothing_behind(tmp_path: Path,
     assert not any(child.is_running() for child in found.values())
     assert read_outputs(tmp_path / "out").records
     assert "published" in said.stdout
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path, drive: Path, bench: Bench) -> None:
+    process = start(tmp_path, CLI, "replay", drive, *QUICK, "--loop", "--rate", 2)
+    found = wait_for_results(process, bench)
+    said = stop(process, signal.SIGTERM)
+    assert said.returncode == 128 + signal.SIGTERM, said.stdout + said.stderr
+    assert set(found) == {"main", "player", "recorder"}
+    assert not any(child.is_running() for child in found.values())
 
 
 def test_bad_requests_end_with_one_message(tmp_path: Path, drive: Path) -> None:

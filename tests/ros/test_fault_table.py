@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from support.fault_rows import ROWS, markdown
-from support.faults import COMPRESSED, RAW, SIZE, FaultRow, Scene, play
+from support.fault_rows import ROWS
+from support.faults import COMPRESSED, RAW, SIZE, FaultRow, Scene, markdown, play
 from support.node_process import Bench, NodeProcess
-from support.observer import Observer
+from support.observer import Observer, Status
 from support.vehicle import Camera, Vehicle, write_rig
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(60)]
@@ -44,6 +44,23 @@ def scene(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 def test_fault(scene: Scene, row: FaultRow):
     play(row, scene)
+
+
+def test_every_report_is_complete(scene: Scene):
+    """Whatever happened above: one state of the inference at a time, and one status of every part."""
+    reports: dict[float, list[Status]] = {}
+    for status in scene.observer.statuses:
+        reports.setdefault(status.at_s, []).append(status)
+    parts = ["camera front", "camera left", "engine", "inference", "navigation", "odometry"]
+    known = {"unconfigured", "loading", "starting", "running", "no window", "withheld", "engine error", "hanging"}
+    known |= {"paused", "inactive"}
+    assert len(reports) > 10
+    for statuses in reports.values():
+        names = sorted(status.name.partition(": ")[2] for status in statuses)
+        assert names in (parts, ["engine", "inference"]), names
+        state = next(s.values["state"] for s in statuses if s.name.endswith("inference"))
+        assert state in known
+        assert all(status.text for status in statuses)
 
 
 def test_documentation_is_made_from_the_rows():

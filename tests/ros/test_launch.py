@@ -6,6 +6,7 @@ import ast
 import itertools
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,10 @@ STAND_IN = Path(__file__).parents[1] / "support" / "recorded_launch"
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched(monkeypatch, tmp_path):
     """Runs a launch file; the actions by what they start."""
     monkeypatch.syspath_prepend(str(STAND_IN))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def run(name: str, **arguments: str) -> list:
         import launch

@@ -7,18 +7,23 @@ import math
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray
+from nav_msgs.msg import Path as PathMessage
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import Marker
 
 from flashdrive_node.ros.node import FlashdriveNode
+from flashdrive_node.runtime.pipeline import Pipeline
 from support.node_process import Bench, NodeProcess, wait_until
 from support.observer import ERROR, OK, OUTPUTS, WARN, Observer
 from support.vehicle import Camera, Vehicle, write_rig
+from support.windows import arc, delivery, prediction
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(120)]
 
@@ -197,6 +202,12 @@ def services(bench: Bench, node: NodeProcess, observer: Observer) -> None:
     observer.wait_status("inference", ERROR, "withheld: curvature", since_s=time.monotonic())
     assert node.set_parameters(max_curvature=0.3) == []
     observer.wait_count(1)
+    # The same for the clock: everything that was received under the other one is of no use.
+    start_s = time.monotonic()
+    assert node.set_parameters(use_sim_time=True) == []
+    observer.wait_status("inference", WARN, "use_sim_time was switched", since_s=start_s)
+    assert node.set_parameters(use_sim_time=False) == []
+    observer.wait_count(2)
     assert node.change("deactivate")
     answer = bench.call(SetBool, f"{node.full_name}/pause", SetBool.Request(data=True))
     assert not answer.success
@@ -251,6 +262,45 @@ def test_a_transition_that_raises_leaves_a_node_that_can_be_configured(bench: Be
 
 def _raise(*_: object) -> None:
     raise RuntimeError("no subscription today")
+
+
+def test_a_pipeline_that_was_cleaned_up_delivers_into_the_void(bench: Bench, tmp_path, monkeypatch):
+    deliver = []
+
+    class Watched(Pipeline):
+        def __init__(self, rig, make_engine, on_delivery, settings, on_state):
+            deliver.append(on_delivery)
+            super().__init__(rig, make_engine, on_delivery, settings, on_state)
+
+    monkeypatch.setattr("flashdrive_node.ros.node.Pipeline", Watched)
+    rig = write_rig(tmp_path, cameras())
+    arguments = ["--ros-args", "-p", "engine:=fake", "-p", f"rig:={rig}", "-r", "__ns:=/void"]
+    arguments += ["-p", "max_result_age_s:=60.0"]
+    node = FlashdriveNode(context=bench.context, cli_args=arguments)
+    executor = SingleThreadedExecutor(context=bench.context)
+    executor.add_node(node)
+    paths = []
+    listener = bench.node.create_subscription(PathMessage, "/void/flashdrive_node/output/path", paths.append, 10)
+    try:
+        for _ in range(2):
+            assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+            assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+            wait_until(lambda: bench.node.count_publishers(listener.topic_name), 5.0, "the publisher")
+            now_ns = node.get_clock().now().nanoseconds
+            fresh = replace(delivery(prediction(arc(8.0, 0.0))), t0_ns=now_ns, epoch=1)
+            deliver[0](fresh)
+            until_s = time.monotonic() + 0.4
+            while time.monotonic() < until_s:
+                executor.spin_once(timeout_sec=0.05)
+            assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+            assert node.trigger_cleanup() == TransitionCallbackReturn.SUCCESS
+        # The first pipeline's delivery came out while it was the node's own, and not again afterwards.
+        assert len(paths) == 1
+    finally:
+        bench.node.destroy_subscription(listener)
+        node.close()
+        executor.shutdown()
+        node.destroy_node()
 
 
 def test_a_map_is_not_made_of_odometry(bench: Bench, tmp_path):

@@ -81,7 +81,7 @@ def test_all_problems_are_listed_at_once():
     with pytest.raises(ParameterError) as caught:
         parameters_from({"engine": "quick", "top_p": 1.5, "num_samples": 0, "checkpiont": "x", "seed": 3})
     assert len(caught.value.problems) == 4
-    assert "plain or fake" in str(caught.value)
+    assert "plain, streaming or fake" in str(caught.value)
     assert "'checkpiont' is unknown" in str(caught.value)
 
 
@@ -127,7 +127,13 @@ def test_a_start_with_bad_parameters_ends_with_all_reasons(tmp_path):
     )
     ended = start("--ros-args", "--params-file", str(params), "-p", "engine:=quick")
     assert ended.returncode == 2
-    for part in ("0.05 to 60 s", "found -1.0", "'high'", "0.1 to 600 s (float), found 700.0", "plain or fake"):
+    for part in (
+        "0.05 to 60 s",
+        "found -1.0",
+        "'high'",
+        "0.1 to 600 s (float), found 700.0",
+        "plain, streaming or fake",
+    ):
         assert part in ended.stderr
     assert "Traceback" not in ended.stderr
 

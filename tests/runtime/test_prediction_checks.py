@@ -94,6 +94,8 @@ def test_age() -> None:
     assert kinds(sample(), age_s=2.0) == []
     assert kinds(sample(), age_s=2.01) == ["age"]
     assert kinds(sample(), age_s=float("nan")) == ["age"]
+    assert kinds(sample(), age_s=-0.5) == []
+    assert kinds(sample(), age_s=-0.51) == ["age"]
 
 
 def test_reasoning_without_an_end() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from support.node_process import own_domain_id
+from support.processes import remember
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -26,13 +27,14 @@ def stop(process: subprocess.Popen[str], number: signal.Signals = signal.SIGINT)
 
 
 def start(folder: Path, module: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)],
         env=environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    return remember(process)
 
 
 def run(folder: Path, module: str, *arguments: object, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:

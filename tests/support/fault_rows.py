@@ -9,147 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from support import faults as cause
-from support.faults import COMPRESSED, GOES_ON, NOTHING, RAW, FaultRow, Says
+from support.fault_rows_inputs import INPUT_ROWS, WITH_HISTORY, WITH_WINDOW
+from support.faults import GOES_ON, NOTHING, FaultRow, Says, markdown
 from support.observer import ERROR, OK, WARN
 
-WITH_FRAMES = "with the first complete set of frames"
-WITH_WINDOW = "with the next window"
-WITH_HISTORY = "when the odometry covers 1.5 s again"
-
 ROWS: Sequence[FaultRow] = (
-    FaultRow(
-        "A camera goes silent",
-        NOTHING,
-        (Says("camera left", ERROR, "silent for ... s"), Says("inference", ERROR, "camera left ... silent")),
-        WITH_FRAMES,
-        cause.damage(COMPRESSED, lambda: cause.silent),
-        cause.heal,
-    ),
-    FaultRow(
-        "A camera repeats one picture",
-        NOTHING,
-        (Says("camera left", ERROR, "frozen"), Says("inference", ERROR, "left ... frozen")),
-        WITH_FRAMES,
-        cause.damage(COMPRESSED, cause.frozen),
-        cause.heal,
-    ),
-    FaultRow(
-        "JPEG files are cut",
-        NOTHING,
-        (Says("camera left", ERROR, "corrupt"), Says("inference", ERROR, "left")),
-        WITH_FRAMES,
-        cause.damage(COMPRESSED, lambda: cause.truncated),
-        cause.heal,
-    ),
-    FaultRow(
-        "Images of an unknown encoding",
-        NOTHING,
-        (Says("camera front", ERROR, "rgb13"),),
-        WITH_FRAMES,
-        cause.damage(RAW, lambda: cause.wrong_encoding),
-        cause.heal,
-    ),
-    FaultRow(
-        "Images of another size",
-        NOTHING,
-        (Says("camera left", ERROR, "size"),),
-        WITH_FRAMES,
-        cause.resize,
-        cause.heal,
-    ),
-    FaultRow(
-        "`step` is smaller than a row",
-        NOTHING,
-        (Says("camera front", ERROR, "step"),),
-        WITH_FRAMES,
-        cause.damage(RAW, lambda: cause.wrong_step),
-        cause.heal,
-    ),
-    FaultRow(
-        "Stamps of a camera run backwards",
-        NOTHING,
-        (Says("camera left", WARN, "stamp"),),
-        WITH_FRAMES,
-        cause.damage(COMPRESSED, cause.stamps_run_backwards),
-        cause.heal,
-    ),
-    FaultRow(
-        "Stamps of a camera stand still",
-        NOTHING,
-        (Says("camera left", WARN, "stamp"),),
-        WITH_FRAMES,
-        cause.damage(COMPRESSED, cause.stamp_fixed),
-        cause.heal,
-    ),
-    FaultRow(
-        "The clock jumps an hour ahead",
-        NOTHING,
-        (Says("inference", WARN, "clock"),),
-        WITH_HISTORY,
-        cause.jump(3600.0),
-        watch_s=0.3,
-    ),
-    FaultRow(
-        "The clock jumps ten minutes back",
-        NOTHING,
-        (Says("inference", WARN, "clock"),),
-        WITH_HISTORY,
-        cause.jump(-600.0),
-        watch_s=0.3,
-    ),
-    FaultRow(
-        "A recording starts again",
-        NOTHING,
-        (Says("inference", WARN, "clock"),),
-        WITH_HISTORY,
-        cause.jump(-4.0),
-        watch_s=0.3,
-    ),
-    FaultRow(
-        "A hole of 0.6 s in the odometry",
-        NOTHING,
-        (Says("inference", ERROR, "gap"),),
-        WITH_HISTORY,
-        cause.odometry_gap,
-        watch_s=0.3,
-    ),
-    FaultRow(
-        "Odometry goes silent",
-        NOTHING,
-        (Says("odometry", ERROR, "silent for ... s"), Says("inference", ERROR, "odometry")),
-        WITH_HISTORY,
-        cause.odometry(lambda message: None),
-        cause.heal,
-    ),
-    FaultRow(
-        "Odometry teleports by 50 m",
-        NOTHING,
-        (Says("inference", ERROR, "teleport"),),
-        WITH_HISTORY,
-        cause.odometry(cause.teleported),
-        cause.heal,
-        watch_s=0.3,
-    ),
-    FaultRow(
-        "Odometry is not a number",
-        NOTHING,
-        (Says("odometry", ERROR, "finite"), Says("inference", ERROR, "odometry")),
-        WITH_HISTORY,
-        cause.odometry(cause.not_finite),
-        cause.heal,
-    ),
+    *INPUT_ROWS,
     FaultRow(
         "The engine is slower than the windows",
         GOES_ON,
-        (Says("engine", WARN, "slow"),),
+        (
+            Says("engine", WARN, "slower than the windows come: ...% of them were replaced by newer ones"),
+            Says("inference", OK, "running: window ..., result ... ms old when published"),
+        ),
         WITH_WINDOW,
         cause.fake("slow"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The engine raises",
         NOTHING,
-        (Says("inference", ERROR, "engine"), Says("engine", ERROR, "...")),
+        (
+            Says("inference", ERROR, "engine error: EngineError: the fault 'raise' is switched on"),
+            Says("engine", ERROR, "... windows failed in a row: EngineError: the fault 'raise' is switched on"),
+        ),
         WITH_WINDOW,
         cause.fake("raise"),
         cause.fake("none"),
@@ -157,7 +41,10 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The engine hangs",
         NOTHING,
-        (Says("inference", ERROR, "hanging"),),
+        (
+            Says("inference", ERROR, "hanging: the engine has been computing one window for ... s"),
+            Says("engine", ERROR, "hanging for ... s"),
+        ),
         "when the step ends; its result is discarded if it is too old",
         cause.fake("hang"),
         cause.fake("none"),
@@ -165,55 +52,72 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The device runs out of memory",
         NOTHING,
-        (Says("inference", ERROR, "memory"),),
+        (
+            Says("inference", ERROR, "engine error: MemoryError: the fault 'out_of_memory' is switched on"),
+            Says("engine", ERROR, "... windows failed in a row: MemoryError: ..."),
+        ),
         "by itself: the engine is loaded again after repeated failures",
         cause.fake("out_of_memory"),
         cause.fake("none"),
     ),
     FaultRow(
+        "The result is older than `max_result_age_s`",
+        NOTHING,
+        (Says("inference", ERROR, "withheld: age: ..."),),
+        WITH_WINDOW,
+        cause.results_too_old(0.3, "slow"),
+        cause.results_too_old(2.0, "none"),
+        keeps_stream=True,
+    ),
+    FaultRow(
         "The result is not a number",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... finite"),),
+        (Says("inference", ERROR, "withheld: not_finite: values that are not finite in xyz"),),
         WITH_WINDOW,
         cause.fake("nan"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The result does not start at the vehicle",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... start"),),
+        (Says("inference", ERROR, "withheld: start: first waypoint is ... m from the vehicle, at most ... m"),),
         WITH_WINDOW,
         cause.fake("jump"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "The reasoning is cut",
         NOTHING,
-        (Says("inference", ERROR, "withheld ... reasoning"),),
+        (Says("inference", ERROR, "withheld: reasoning: the reasoning text has no end"),),
         WITH_WINDOW,
         cause.fake("short"),
         cause.fake("none"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Navigation text with special tokens",
         GOES_ON,
-        (Says("navigation", WARN, "special"),),
+        (Says("navigation", WARN, "navigation text refused: it holds special tokens (<|...|>)"),),
         "with the next good text",
         cause.navigate("Turn left <|im_end|>"),
         cause.navigate("Turn left in 40m"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Navigation text of 5,000 characters",
         GOES_ON,
-        (Says("navigation", WARN, "5000"),),
+        (Says("navigation", WARN, "navigation text refused: at most 200 characters, found 4999"),),
         "with the next good text",
         cause.navigate("left " * 1000),
         cause.navigate("Turn left in 40m"),
+        keeps_stream=True,
     ),
     FaultRow(
         "Paused by `~/pause`",
         NOTHING,
-        (Says("inference", WARN, "paused"),),
+        (Says("inference", WARN, "paused: by ~/pause"),),
         "by `~/pause` with `false`",
         cause.pause(True),
         cause.pause(False),
@@ -221,54 +125,51 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "Reset by `~/reset`",
         NOTHING,
-        (Says("inference", WARN, "reset"),),
+        (Says("inference", WARN, "starting: reset by service: ~/reset was called; ..."),),
         WITH_HISTORY,
         cause.reset_service,
         watch_s=0.3,
     ),
     FaultRow(
+        "Reset while a window computes",
+        NOTHING,
+        (Says("inference", WARN, "starting: reset by service: ~/reset was called; ..."),),
+        WITH_HISTORY + "; the overtaken result is discarded",
+        cause.reset_while_hanging,
+        cause.fake("none"),
+        watch_s=0.2,
+    ),
+    FaultRow(
         "Activated a second time",
         GOES_ON,
-        (Says("inference", OK, ""),),
+        (Says("inference", OK, "running: ..."),),
         "the lifecycle refuses the transition",
         cause.activate_again,
+        keeps_stream=True,
     ),
     FaultRow(
         "1,000 random malformed messages on all inputs",
         GOES_ON,
-        (),
-        "with the first complete set of frames and 1.5 s of odometry",
+        (
+            Says("camera left", WARN, "..."),
+            Says("camera front", WARN, "..."),
+            Says("odometry", WARN, "odometry at ... s ..."),
+            Says("navigation", WARN, "navigation text refused: ..."),
+            Says("inference", OK, "running: ..."),
+        ),
+        "what is malformed is dropped; nothing is reset",
         cause.malformed,
+        keeps_stream=True,
     ),
     FaultRow(
         "The process is killed (-9) and started again",
         NOTHING,
-        (Says("inference", OK, ""),),
-        "with the start; nothing is left over from the killed process",
+        (Says("inference", WARN, "starting: reset by activated; ..."), Says("inference", OK, "running: ...")),
+        "with the start, when discovery has found the new process (a few seconds)",
         cause.kill_and_restart,
         watch_s=0.0,
     ),
 )
-
-
-def markdown(rows: Sequence[FaultRow]) -> str:
-    """The table of the documentation."""
-    lines = [
-        "# Faults",
-        "",
-        "What the node does when something goes wrong. On a fault it publishes nothing and says why; it never invents",
-        "motion, so the vehicle's own fallback must act on missing output. Every row is a test that runs the node as a",
-        "process (`tests/ros/test_fault_table.py`); figures and stamps in the messages are shown as `...`.",
-        "",
-        "| fault | outputs | diagnostic | level | message | recovers |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        for i, says in enumerate(row.says):
-            head = (row.fault, row.published) if i == 0 else ("", "")
-            tail = row.recovers if i == 0 else ""
-            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{says.text}` | {tail} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from support.malformed import publish_malformed
 from support.node_process import Bench, NodeProcess
-from support.observer import OK, Observer, Status
+from support.observer import ERROR, OK, Observer, Status
 from support.vehicle import Fault, ImageMessage, Vehicle, to_ns, to_time
 
 NOTHING = "nothing"
@@ -41,6 +41,12 @@ class Scene:
         self.observer.wait_count(2, timeout_s=timeout_s)
         self.observer.wait_status("inference", OK, timeout_s=timeout_s, since_s=start_s)
 
+    def resets(self) -> int:
+        """Resets of all causes that the node has counted."""
+        status = self.observer.find("inference")
+        assert status is not None
+        return sum(int(value) for key, value in status.values.items() if key.startswith("reset_"))
+
 
 @dataclass(frozen=True)
 class Says:
@@ -53,7 +59,7 @@ class Says:
     @property
     def pattern(self) -> str:
         """Regular expression of the text."""
-        return ".*".join(re.escape(part) for part in self.text.split("..."))
+        return ".*".join(re.escape(part.strip()) for part in self.text.split("..."))
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class FaultRow:
     recovers: str
     inject: Callable[[Scene], Any]
     clear: Callable[[Scene], Any] = lambda scene: None
+    #: Whether the stream must survive: no reset, neither by the fault nor by its end.
+    keeps_stream: bool = False
     #: Time after the diagnostic in which nothing may be published (or after which it must go on).
     watch_s: float = 0.5
 
@@ -83,7 +91,7 @@ def play(row: FaultRow, scene: Scene) -> list[Status]:
     """
     observer = scene.observer
     scene.settle()
-    since_s = time.monotonic()
+    since_s, resets = time.monotonic(), scene.resets()
     try:
         row.inject(scene)
         found = [observer.wait_status(s.status, s.level, s.pattern, since_s=since_s) for s in row.says]
@@ -99,7 +107,30 @@ def play(row: FaultRow, scene: Scene) -> list[Status]:
         row.clear(scene)
     scene.settle()
     assert scene.node.running(), scene.node.output[-3000:]
+    if row.keeps_stream:
+        assert scene.resets() == resets, f"{row.fault!r} reset the stream\n{observer.report()}"
     return found
+
+
+def markdown(rows: Sequence[FaultRow]) -> str:
+    """The table of the documentation."""
+    lines = [
+        "# Faults",
+        "",
+        "What the node does when something goes wrong. On a fault it publishes nothing and says why; it never invents",
+        "motion, so the vehicle's own fallback must act on missing output. Every row is a test that runs the node as a",
+        "process (`tests/ros/test_fault_table.py`); figures and stamps in the messages are shown as `...`.",
+        "",
+        "| fault | outputs | diagnostic | level | message | recovers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for i, says in enumerate(row.says):
+            head = (row.fault, row.published) if i == 0 else ("", "")
+            tail = row.recovers if i == 0 else ""
+            text = says.text.replace("|", "\\|")
+            lines.append(f"| {head[0]} | {head[1]} | {says.status} | {says.level} | `{text}` | {tail} |")
+    return "\n".join(lines) + "\n"
 
 
 def silent(message: ImageMessage, number: int) -> None:
@@ -181,6 +212,20 @@ def heal(scene: Scene) -> None:
     scene.vehicle.odometry_fault = None
 
 
+def second_driver(scene: Scene) -> None:
+    """Four further frames between any two, as if the rig knew the wrong rate or two drivers published."""
+    camera = scene.vehicle.cameras[COMPRESSED]
+
+    def fault(message: ImageMessage, number: int) -> ImageMessage:
+        scene.vehicle.publish_image(COMPRESSED, message)
+        stamp_ns = to_ns(message.header.stamp)
+        for i in range(1, 4):
+            scene.vehicle.publish_image(COMPRESSED, camera.message(number, stamp_ns + i * 20_000_000))
+        return camera.message(number, stamp_ns + 80_000_000)
+
+    camera.fault = fault
+
+
 def resize(scene: Scene) -> None:
     scene.vehicle.cameras[COMPRESSED].width, scene.vehicle.cameras[COMPRESSED].height = SIZE[0] * 2, SIZE[1] * 2
 
@@ -210,6 +255,28 @@ def fake(fault: str) -> Callable[[Scene], None]:
     return inject
 
 
+def stop_playback(scene: Scene) -> None:
+    """The player pauses: neither messages nor /clock."""
+    scene.vehicle.pause()
+    # Longer than a gap that resets the stream, had it been one of the recorded time.
+    time.sleep(1.2)
+
+
+def resume_playback(scene: Scene) -> None:
+    """The player goes on."""
+    scene.vehicle.resume()
+
+
+def results_too_old(limit_s: float, fault: str) -> Callable[[Scene], None]:
+    """Results may be ``limit_s`` old at most, and the engine has this fault."""
+
+    def inject(scene: Scene) -> None:
+        refused = scene.node.set_parameters(max_result_age_s=limit_s, fake__fault=fault)
+        assert refused == [], refused
+
+    return inject
+
+
 def navigate(text: str) -> Callable[[Scene], None]:
     return lambda scene: scene.vehicle.navigate(text)
 
@@ -229,12 +296,26 @@ def malformed(scene: Scene) -> None:
     name = scene.node.full_name
     topics = {f"{name}/input/{camera.topic}": camera.message_type for camera in scene.vehicle.cameras.values()}
     topics |= {f"{name}/input/odometry": Odometry, f"{name}/input/navigation": String}
+    before = scene.observer.count()
     assert publish_malformed(scene.bench, topics, scene.vehicle.now_ns, count=1000) == 1000
+    assert scene.observer.count() > before, "nothing was published between malformed messages"
 
 
 def reset_service(scene: Scene) -> None:
     answer = scene.bench.call(Trigger, f"{scene.node.full_name}/reset", Trigger.Request())
     assert answer.success, answer.message
+
+
+def reset_while_hanging(scene: Scene) -> None:
+    """A window is under way when the reset comes, and ends after it."""
+    since_s = time.monotonic()
+    fake("hang")(scene)
+    scene.observer.wait_status("inference", ERROR, "hanging", since_s=since_s)
+    before = scene.observer.count()
+    reset_service(scene)
+    fake("none")(scene)
+    time.sleep(0.6)
+    assert scene.observer.count() == before, "the result of a window from before the reset was published"
 
 
 def pause(value: bool) -> Callable[[Scene], None]:

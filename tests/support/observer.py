@@ -57,6 +57,7 @@ class Status:
     level: str
     text: str
     values: dict[str, str]
+    #: ``time.monotonic()`` when it came: equal for all statuses of one message.
     at_s: float
 
 
@@ -93,13 +94,12 @@ class Observer:
         return store
 
     def _diagnose(self, message: DiagnosticArray) -> None:
+        at_s = time.monotonic()
         with self._changed:
             for status in message.status:
                 if status.name.startswith(self.node.full_name.strip("/") + ":"):
                     values = {pair.key: pair.value for pair in status.values}
-                    self.statuses.append(
-                        Status(status.name, _LEVELS[status.level], status.message, values, time.monotonic())
-                    )
+                    self.statuses.append(Status(status.name, _LEVELS[status.level], status.message, values, at_s))
             self._changed.notify_all()
 
     def wait(self, condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

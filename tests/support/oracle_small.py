@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 
 ROOT = Path(__file__).parents[1] / "data" / "oracle_small"
 TOKENIZER = ROOT / "vlm_stub"
@@ -16,7 +17,7 @@ TOKENIZER = ROOT / "vlm_stub"
 def config() -> AlpamayoConfig:
     model = json.loads((ROOT / "checkpoint" / "config.json").read_text())
     vlm = json.loads((TOKENIZER / "config.json").read_text())
-    return AlpamayoConfig.from_dicts(model, vlm)
+    return parse_config(model, vlm)
 
 
 def case(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch
 
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.presets import alpamayo_1_5_10b, alpamayo_r1_10b
 
 #: Ids of the small vocabulary: text below, then trajectory tokens, then the release's special tokens.
@@ -97,7 +98,7 @@ def small_config(r1: bool = False, **dims: Any) -> AlpamayoConfig:
     model["traj_token_start_idx"] += shift
     model["traj_token_ids"] = {name: id_ + shift for name, id_ in model["traj_token_ids"].items()}
     model["vocab_size"] += shift
-    return AlpamayoConfig.from_dicts(model, vlm, "small")
+    return parse_config(model, vlm, "small")
 
 
 def random_model(config: AlpamayoConfig, seed: int, dtype: torch.dtype = torch.float32) -> Alpamayo:

@@ -205,7 +205,7 @@ class Soak:
             if not good:
                 # A frame that is missing spoils this window and the three after it.
                 complete = min(complete, -3)
-            burst = burst - 1 if burst else (self.random.randrange(2, 6) if self.random.random() < chances.burst else 0)
+            burst = burst - 1 if burst else (self.random.randrange(2, 4) if self.random.random() < chances.burst else 0)
             if complete > 0 and not burst:
                 report.expected += 1
                 if self._wait(stamp_ns, timeout_s):

@@ -152,6 +152,7 @@ class Vehicle:
         self._random = random.Random(seed)
         self._start_ns = 1_700_000_000_000_000_000 if sim_time else time.time_ns()
         self._start_s = time.monotonic()
+        self._paused_s: float | None = None
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tie = itertools.count()
         self._stop = threading.Event()
@@ -206,6 +207,18 @@ class Vehicle:
         with self._lock:
             self.shift_ns += round(seconds * 1e9)
 
+    def pause(self) -> None:
+        """Stop everything, /clock with it, as a player does."""
+        with self._lock:
+            self._paused_s = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on where ``pause`` stopped."""
+        with self._lock:
+            assert self._paused_s is not None
+            self._start_s += time.monotonic() - self._paused_s
+            self._paused_s = None
+
     def navigate(self, text: str) -> None:
         """Publish a navigation instruction."""
         self._navigation.publish(String(data=text))
@@ -233,7 +246,8 @@ class Vehicle:
         return message
 
     def _elapsed_s(self) -> float:
-        return (time.monotonic() - self._start_s) * self.rate
+        now_s = time.monotonic() if self._paused_s is None else self._paused_s
+        return (now_s - self._start_s) * self.rate
 
     def _stamp(self, elapsed_s: float) -> int:
         return self._start_ns + self.shift_ns + round(elapsed_s * 1e9)
@@ -245,6 +259,9 @@ class Vehicle:
         try:
             while not self._stop.is_set():
                 due_s = self._events[0][0]
+                if self._paused_s is not None:
+                    self._stop.wait(0.005)
+                    continue
                 wait_s = due_s / self.rate + self._start_s - time.monotonic()
                 if wait_s > 0:
                     if self._stop.wait(wait_s):

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: out/demo)")
     parser.add_argument("--seconds", type=float, default=14.0, help="length of the drive (default: 14)")
     parser.add_argument("--model-seconds", type=float, default=4.0, help="of these, run the networks too (default: 4)")
+    parser.add_argument("--model-rate", type=float, default=0.25, help="and play them at this rate (default: 0.25)")
     parser.add_argument("--seed", type=int, default=0, help="another road, another drive")
     parser.add_argument("--checkpoint", help="a checkpoint to run in place of the small random one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -22,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo. Returns 0; 1 where a run published nothing; 2 where something could not be started."""
+    from tqdm import tqdm
+
     from flashdrive_node.evaluation.demo_model import write_random_checkpoint
     from flashdrive_node.evaluation.replay_report import read_driven_path, read_outputs
     from flashdrive_node.evaluation.sample_bag import make_synthetic_bag
     from flashdrive_node.evaluation.video import write_video
+    from flashdrive_node.ros.player import PROGRESS_BAR
     from flashdrive_node.ros.session import SessionError
     from flashdrive_node.runtime.bag import BagError
     from flashdrive_node.runtime.rig import load_rig
@@ -38,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("drive", "stand_in", "model", "random_checkpoint"):
         shutil.rmtree(out / name, ignore_errors=True)
     print(f"1/4  drawing a drive of {args.seconds:g} s with four cameras ...", flush=True)
-    summary = make_synthetic_bag(bag, rig, seconds=args.seconds, seed=args.seed)
+    with tqdm(total=args.seconds, unit="s", disable=args.quiet, desc="drawing", bar_format=PROGRESS_BAR) as bar:
+
+        def show(drawn_s: float) -> None:
+            bar.n = drawn_s
+            bar.update(0)
+
+        summary = make_synthetic_bag(bag, rig, seconds=args.seconds, seed=args.seed, on_progress=show)
     print(f"     {summary.frames} pictures, {summary.odometry} odometry messages in {bag}")
     try:
         print("2/4  replaying it through the node with the stand-in engine (no model) ...", flush=True)
@@ -51,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
             # An untrained network does not end its sentences, and plans what no vehicle could drive.
             model |= {"precision": "float32", "max_generation_length": 12, "require_complete_reasoning": False}
             model |= {"max_result_age_s": 20.0, "device": "cpu", "max_acceleration": 20.0, "max_curvature": 2.0}
-        rate = 1.0 if args.checkpoint else 0.2
-        published = min(published, _replay(args, bag, out / "model", model, args.model_seconds, rate))
+        published = min(published, _replay(args, bag, out / "model", model, args.model_seconds, args.model_rate))
     except (BagError, SessionError) as error:
         print(f"flashdrive demo: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         if unknown:
             raise InputError(f"no such case: {sorted(unknown)}; the recording has {[c.name for c in cases]}")
         cases = tuple(c for c in cases if c.name in args.case)
+    if recording.threads:
+        torch.set_num_threads(recording.threads)
     loaded = load_alpamayo(
         recording.checkpoint,
         args.device,

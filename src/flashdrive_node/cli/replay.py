@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, help="rosbag2 directory or file: sqlite3 or mcap, any compression")
     parser.add_argument("--rig", default="sample", help="name or file of the camera rig (default: sample)")
     parser.add_argument("--params", type=Path, metavar="FILE", help="parameter file of the node (ROS 2 YAML)")
-    parser.add_argument("--engine", choices=("plain", "fake"), help="default: plain with --checkpoint, else fake")
+    parser.add_argument(
+        "--engine", choices=("plain", "streaming", "fake"), help="default: plain with --checkpoint, else fake"
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="directory or Hugging Face id of a checkpoint")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other parameter of the node; repeatable"

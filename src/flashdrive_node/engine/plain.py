@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,71 +21,38 @@ from flashdrive_node.engine.protocol import (
     Progress,
     TrajectorySample,
 )
+from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.errors import InputError, ModelError
+from flashdrive_node.model.errors import ModelError
+from flashdrive_node.model.flow_matching import Velocity, guided, integrate
 from flashdrive_node.model.history_tokens import encode_history
 from flashdrive_node.model.images import preprocess
 from flashdrive_node.model.inference import Context, Generated, StopRule
 from flashdrive_node.model.kv_cache import KVCache
-from flashdrive_node.model.loading import DTYPES, LoadedModel, load_alpamayo
+from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, question_prompt, without_navigation
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.model.tokenizer import extract_text
 
 
 @dataclass(frozen=True)
-class PlainSettings:
-    """Deployment settings; the architecture comes with the checkpoint."""
+class Reasoning:
+    """The texts of one window, a row per sample."""
 
-    #: Local directory or Hugging Face id.
-    checkpoint: str
-    revision: str | None = None
-    allow_download: bool = False
-    #: Fine-tuned expert to put over the checkpoint's.
-    overlay: Path | None = None
-    #: "auto" takes a GPU where there is one.
-    device: str = "auto"
-    #: "auto" is bfloat16 on a GPU and float32 on the CPU.
-    precision: str = "auto"
-    samples: int = 1
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    #: Scale of the flow's starting noise.
-    noise_temperature: float = 1.0
-    #: Flow steps; None takes the checkpoint's number.
-    flow_steps: int | None = None
-    #: Weight of navigation guidance; 1 is off, and costs nothing.
-    guidance_weight: float = 1.0
-    #: Window k of a stream draws with seed + k, so a replay repeats itself.
-    seed: int = 0
-    #: What the warm-up window looks like: camera indices, frames of each, height and width in pixels.
-    cameras: tuple[int, ...] = (0, 1, 2, 6)
-    frames: int = 4
-    image_size: tuple[int, int] = (1080, 1920)
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise InputError(f"samples must be at least 1, found {self.samples}")
-        if self.precision not in ("auto", *DTYPES):
-            raise InputError(f"precision must be one of {['auto', *DTYPES]}, found {self.precision!r}")
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device that "auto" stands for."""
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return torch.device(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that "auto" stands for."""
-        if self.precision == "auto":
-            return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
-        return DTYPES[self.precision]
+    text: Generated
+    #: See `inference.velocity_field`.
+    owners: Tensor | None = None
+    #: Figures for the prediction.
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class PlainEngine:
     """Engine protocol over the plain inference stages."""
+
+    #: Windows after which every stage has run.
+    warm_up_windows = 1
 
     def __init__(self, settings: PlainSettings, loaded: LoadedModel | None = None):
         """`loaded` is a model to use in place of the settings' checkpoint."""
@@ -127,27 +93,31 @@ class PlainEngine:
         )
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """One grey window at walking pace through every stage."""
+        """Grey windows at walking pace through every stage."""
+        for window in range(self.warm_up_windows):
+            if progress:
+                progress(window / self.warm_up_windows, "warming up")
+            self.step(self._grey_window(window))
+        self.reset("warm-up")
+        if progress:
+            progress(1.0, "warm")
+
+    def _grey_window(self, window: int) -> Observation:
         s, model = self.settings, self._model()
         picture = np.full((*s.image_size, 3), 127, np.uint8)
         poses = model.config.history_poses
         xyz = np.zeros((poses, 3), np.float32)
         xyz[:, 0] = np.arange(1 - poses, 1) * model.config.action_space.dt
         nav = "Continue straight" if model.config.supports_navigation and s.guidance_weight != 1 else None
-        observation = Observation(
+        stamps = tuple(range(window, window + s.frames))
+        return Observation(
             window_id=-1,
             t0_ns=0,
-            cameras=tuple(_still(camera, s.frames, picture) for camera in s.cameras),
+            cameras=tuple(CameraFrames(camera, stamps, (picture,) * s.frames) for camera in s.cameras),
             ego_history_xyz=xyz,
             ego_history_rot=np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1)),
             nav_text=nav,
         )
-        if progress:
-            progress(0.0, "warming up")
-        self.step(observation)
-        self.windows = 0
-        if progress:
-            progress(1.0, "warm")
 
     @torch.inference_mode()
     def step(self, observation: Observation) -> Prediction:
@@ -218,48 +188,23 @@ class PlainEngine:
         self.windows += 1
         timer = StageTimer(device)
 
-        pixels, grids = preprocess([c.images for c in observation.cameras], model.config, device, model.dtype)
-        timer.lap("images")
-        prompt, positions, image_index = self._layout_of(observation, grids)
-        history_xyz = torch.from_numpy(observation.ego_history_xyz)
-        history_rot = torch.from_numpy(observation.ego_history_rot)
-        prompt = fuse_history(prompt, encode_history(history_xyz, history_rot, model.config))
-        features = model.vision(pixels, grids)
-        timer.lap("encode")
-
-        cache = self._cache_for(len(prompt.ids))
-        ids = prompt.ids.to(device, non_blocking=True)
-        context, logits = inference.prefill(model, ids, positions, prompt.rope_delta, cache, features, image_index)
-        timer.lap("prefill")
-        tokens = model.config.tokens
-        rule = StopRule(
-            stop=tokens.future_start,
-            end_of_turn=tokenizer.id("im_end"),
-            pad=tokenizer.id("endoftext"),
-            forbidden=(tokens.traj_token_start, tokens.traj_vocab_size),
-        )
-        text = inference.decode(model, context, logits, s.samples, s.sampling, rule, generator, self.script)
+        prompt, context, logits = self._read(observation, timer)
+        thought = self._reason(context, logits, generator)
         timer.lap("decode")
+        text = thought.text
 
-        velocity = inference.velocity_field(model, context, text)
-        without = None
+        velocity = inference.velocity_field(model, context, text, owners=thought.owners)
         if s.guidance_weight != 1 and prompt.nav_span is not None:
             second = self._without_navigation(prompt, context, text)
-            without = inference.velocity_field(model, second, text)
+            velocity = guided(velocity, inference.velocity_field(model, second, text), s.guidance_weight)
             timer.lap("guidance")
         noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
         # A 16 x 16 system: on the host it is done while the device works, on a GPU it would wait for the device.
+        history_xyz, history_rot = ego_history(observation)
         v0 = model.action_space.initial_speed(history_xyz, history_rot)
-        _, path = inference.act(
-            model,
-            velocity,
-            noise,
-            v0.to(device, non_blocking=True),
-            float(history_xyz[-1, 2]),
-            s.flow_steps,
-            without,
-            s.guidance_weight,
-        )
+        action, error = self._flow(velocity, noise)
+        speed = v0.to(device, non_blocking=True).expand(s.samples)
+        path = model.action_space.to_path(action, speed, float(history_xyz[-1, 2]))
         timer.lap("action")
         numbers = torch.cat(
             (path.xyz, *(t[..., None] for t in (path.yaw, path.speed, path.acceleration, path.curvature))), dim=-1
@@ -268,6 +213,9 @@ class PlainEngine:
             _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped)
             for row, ids, stopped in zip(numbers, text.rows(), text.stopped, strict=True)
         )
+        metrics = {"tokens": float(max(text.lengths)), "prompt_tokens": float(context.prefix), **thought.metrics}
+        if error is not None:
+            metrics["flow_error"] = float(error.max())
         return Prediction(
             window_id=observation.window_id,
             t0_ns=observation.t0_ns,
@@ -275,8 +223,46 @@ class PlainEngine:
             chosen=_medoid(numbers[..., :2]),
             initial_speed=float(v0),
             timings_ms=timer.finish(),
-            metrics={"tokens": float(max(text.lengths)), "prompt_tokens": float(context.prefix)},
+            metrics=metrics,
         )
+
+    def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:
+        """Images and prompt into a context: the prompt with history, the context, and the first token's logits."""
+        model = self._model()
+        device = model.device
+        pixels, grids = preprocess([c.images for c in observation.cameras], model.config, device, model.dtype)
+        timer.lap("images")
+        prompt, positions, image_index = self._layout_of(observation, grids)
+        prompt = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
+        features = model.vision(pixels, grids)
+        timer.lap("encode")
+        cache = self._cache_for(len(prompt.ids))
+        ids = prompt.ids.to(device, non_blocking=True)
+        context, logits = inference.prefill(model, ids, positions, prompt.rope_delta, cache, features, image_index)
+        timer.lap("prefill")
+        return prompt, context, logits
+
+    def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
+        """One text per sample."""
+        s = self.settings
+        rule = self._stop_rule()
+        text = inference.decode(self._model(), context, logits, s.samples, s.sampling, rule, generator, self.script)
+        return Reasoning(text)
+
+    def _stop_rule(self) -> StopRule:
+        assert self.loaded is not None
+        tokens, tokenizer = self.loaded.model.config.tokens, self.loaded.tokenizer
+        return StopRule(
+            stop=tokens.future_start,
+            end_of_turn=tokenizer.id("im_end"),
+            pad=tokenizer.id("endoftext"),
+            forbidden=(tokens.traj_token_start, tokens.traj_vocab_size),
+        )
+
+    def _flow(self, velocity: Velocity, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised actions, and an estimate of their error [samples] where steps are left out."""
+        steps = self.settings.flow_steps or self._model().config.flow.num_inference_steps
+        return integrate(velocity, noise, steps), None
 
     def _layout_of(self, observation: Observation, grids: list[tuple[int, int]]) -> tuple[Prompt, Tensor, Tensor]:
         """The prompt without history, and its positions and image index on the device, kept from window to window."""
@@ -319,8 +305,9 @@ class PlainEngine:
         return second
 
 
-def _still(camera: int, frames: int, picture: np.ndarray) -> CameraFrames:
-    return CameraFrames(camera, tuple(range(frames)), (picture,) * frames)
+def ego_history(observation: Observation) -> tuple[Tensor, Tensor]:
+    """Ego positions and rotations, on the host."""
+    return torch.from_numpy(observation.ego_history_xyz), torch.from_numpy(observation.ego_history_rot)
 
 
 def _layout(observation: Observation) -> tuple[list[int], int]:

@@ -15,12 +15,17 @@ from typing import Any
 
 from flashdrive_node.model.checkpoint_writer import random_checkpoint
 from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 
 
-def small_alpamayo() -> AlpamayoConfig:
-    """Alpamayo 1.5 with narrow, few layers and everything else (vocabulary, prompt, image size) as published."""
-    base = alpamayo_1_5_10b()
+def small_alpamayo(base: AlpamayoConfig | None = None) -> AlpamayoConfig:
+    """A release with narrow, few layers and everything else (vocabulary, prompt, image size) as published.
+
+    Args:
+        base: The release; Alpamayo 1.5 by default.
+    """
+    base = base or alpamayo_1_5_10b()
     model, vlm = copy.deepcopy(base.raw), copy.deepcopy(base.raw_vlm)
     text: dict[str, Any] = vlm["text_config"]
     text |= {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -35,15 +40,16 @@ def small_alpamayo() -> AlpamayoConfig:
         "out_hidden_size": 64,
     }
     model["expert_cfg"] |= {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 128}
-    return AlpamayoConfig.from_dicts(model, vlm, "small Alpamayo 1.5")
+    return parse_config(model, vlm, f"small {base.model_type}")
 
 
-def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
+def write_random_checkpoint(directory: Path, seed: int = 0, base: AlpamayoConfig | None = None) -> Path:
     """Write the small checkpoint, with the part of the Qwen vocabulary that prompts need; about 40 MB.
 
     Args:
         directory: Must not exist.
         seed: Draws the weights.
+        base: See `small_alpamayo`.
 
     Raises:
         ModelError: The directory is in use.
@@ -52,4 +58,4 @@ def write_random_checkpoint(directory: Path, seed: int = 0) -> Path:
     vocabulary = files("flashdrive_node.model") / "data" / "qwen_prompt_vocab.json"
     with tempfile.TemporaryDirectory() as folder, as_file(vocabulary) as source:
         shutil.copyfile(source, Path(folder) / "tokenizer.json")
-        return random_checkpoint(small_alpamayo(), directory, seed, tokenizer_files_dir=Path(folder))
+        return random_checkpoint(small_alpamayo(base), directory, seed, tokenizer_files_dir=Path(folder))

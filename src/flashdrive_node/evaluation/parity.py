@@ -293,15 +293,14 @@ class _Run:
         return lambda name, value: self.keep(f"vision.{name}.image0", value[: grid[0] * grid[1]])
 
     def observe_prefill(self, name: str, value: Tensor) -> None:
+        # The reference runs the prompt once per sample; we run it once.
         if name == "final_hidden_last":
-            value = value.expand(self.case.samples, -1)
+            value = value[0]
         elif name.startswith("v_proj"):
-            value = value.flatten(1)[None]
+            value = value.flatten(1)
         elif name.startswith("k_pre_rope"):
-            value = value.transpose(0, 1)[None]
-        else:
-            value = value[None]
-        self.keep(f"lm.0.{name}", value)
+            value = value.transpose(0, 1)
+        self.keep(f"lm.0.{name}", value.expand(self.case.samples, *value.shape))
 
     def observe_decode(self, name: str, value: Tensor) -> None:
         if name == "logits_masked":

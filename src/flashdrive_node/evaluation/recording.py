@@ -63,6 +63,8 @@ class Recording:
     cases: tuple[Case, ...]
     #: How the reference held its normalisation constants: "release" (rounded) or "exact".
     constants: str
+    #: Threads that it was recorded with, or None: how a sum is split among threads changes its rounding.
+    threads: int | None
 
     @property
     def checkpoint(self) -> Path:
@@ -87,8 +89,20 @@ def load_recording(directory: Path) -> Recording:
     names = order + [n for n in names if n not in order]
     if not names:
         raise InputError(f"{directory / 'cases'} holds no case (*.json)")
-    constants = "exact" if manifest.get("args", {}).get("buffers") in ("exact", "float32") else "release"
-    return Recording(directory, tuple(_case(directory, n, manifest, inputs) for n in names), constants)
+    threads = manifest.get("args", {}).get("threads")
+    return Recording(
+        directory,
+        tuple(_case(directory, n, manifest, inputs) for n in names),
+        _constants(manifest),
+        None if threads is None else int(threads),
+    )
+
+
+def _constants(manifest: dict[str, Any]) -> str:
+    """ "release" where every recorded constant is a bfloat16 number (or none is recorded), else "exact"."""
+    buffers: dict[str, dict[str, Any]] = manifest.get("nonpersistent_buffers", {})
+    values = torch.tensor([v for buffer in buffers.values() for v in buffer.get("values", [])], dtype=torch.float64)
+    return "release" if torch.equal(values.bfloat16().double(), values) else "exact"
 
 
 def _case(directory: Path, name: str, manifest: dict[str, Any], inputs: dict[str, Tensor]) -> Case:

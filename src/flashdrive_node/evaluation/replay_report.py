@@ -31,6 +31,8 @@ FAKE_ENGINE = (
 )
 #: Ends of a window that are no result.
 _NOT_COMPUTED = ("superseded", "discarded", "failed", "closed")
+#: States of the inference in which a window reached the engine.
+_ANSWERED = ("running", "withheld", "engine error", "hanging")
 _LEVELS = ("OK", "WARN", "ERROR", "STALE")
 
 
@@ -149,11 +151,12 @@ def read_outputs(path: Path) -> Outputs:
             if connection.msgtype != DIAGNOSTICS:
                 records.append(json.loads(message.data))
                 continue
+            said_ns = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
             for status in message.status:
                 part = status.name.split(":", 1)[-1].strip()
                 level = status.level[0] if isinstance(status.level, bytes) else int(status.level)
                 values = {item.key: item.value for item in status.values}
-                statuses.append((stamp, part, level, status.message, values))
+                statuses.append((said_ns or stamp, part, level, status.message, values))
     return Outputs(records, statuses)
 
 
@@ -217,7 +220,7 @@ def make_report(
         report.distance_to_driven_m = _distance_to_driven(data.records, driven)
     if str(report.engine.get("name", "")).startswith("fake"):
         report.notes.append(FAKE_ENGINE)
-    _read_statuses(report, data, int(driven.stamps_ns[0]), played.get("played_s", 0.0))
+    _read_statuses(report, data, int(driven.stamps_ns[0]))
     return report
 
 
@@ -235,18 +238,21 @@ def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict
     return found
 
 
-def _read_statuses(report: ReplayReport, data: Outputs, start_ns: int, played_s: float) -> None:
-    # Until the first window runs, missing inputs are no fault, and the end of the recording is none either.
-    running = (i for i, (_, part, _, _, values) in enumerate(data.statuses) if values.get("state") == "running")
-    first = next(running, 0)
-    last: dict[str, int] = {}
+def _read_statuses(report: ReplayReport, data: Outputs, start_ns: int) -> None:
+    end_s = report.played.get("start_offset_s", 0.0) + report.played.get("played_s", 0.0)
+    # Until the first window is answered, missing inputs are no fault, and the end of the recording is none either.
+    answered = (i for i, (_, part, _, _, values) in enumerate(data.statuses) if values.get("state") in _ANSWERED)
+    first = next(answered, 0)
+    last: dict[str, tuple[int, str]] = {}
     for number, (stamp, part, level, text, values) in enumerate(data.statuses):
         report.counters[part] = values
         time_s = (stamp - start_ns) / 1e9
-        if number >= first and time_s <= played_s and last.get(part, 0) != level:
+        # The inference has several kinds of ERROR; every other part is told apart by its level alone.
+        now = (level, values.get("state", "") if part == "inference" and level else "")
+        if number >= first and time_s <= end_s and last.get(part, (0, "")) != now:
             name = _LEVELS[level] if level < len(_LEVELS) else str(level)
             report.changes.append(StatusChange(round(time_s, 3), part, name, text))
-            last[part] = level
+            last[part] = now
     for part, values in report.counters.items():
         if part.startswith("camera "):
             frames = {key: int(values[key]) for key in ("received", "used", "held") if key in values}

@@ -7,7 +7,7 @@ show agrees with how the vehicle moves. Same arguments, same bag, byte for byte 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def make_synthetic_bag(
     jpeg_quality: int = 85,
     storage: StoragePlugin = StoragePlugin.MCAP,
     gap: tuple[float, float] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> BagSummary:
     """Write a drawn drive as a rosbag2 recording with the topics of a rig.
 
@@ -66,6 +67,7 @@ def make_synthetic_bag(
         jpeg_quality: 0 to 100.
         storage: Storage format of the bag.
         gap: Leaves out the camera frames between two times in seconds, to show what a lost camera does.
+        on_progress: Called with the time of the drive that has been written, in seconds.
 
     Raises:
         FileExistsError: The path exists.
@@ -110,6 +112,8 @@ def make_synthetic_bag(
                 size = (camera.width or width, camera.height or height)
                 messages = _camera(store, drive, camera, time_s, number, size, jpeg_quality)
                 counts["frames"] += 1
+                if on_progress is not None:
+                    on_progress(time_s)
             for topic, message in messages:
                 connection = connections[topic]
                 writer.write(connection, recorded, store.serialize_cdr(message, connection.msgtype))

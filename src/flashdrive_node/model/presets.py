@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from flashdrive_node.model.config import ALPAMAYO_1_5, ALPAMAYO_R1, AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.state_dict import release_slots
 
 #: Tokens of the prompt that are neither image tokens nor ego history: 4 cameras x 4 frames, released vocabulary,
@@ -157,13 +158,13 @@ def _release(model_type: str, architecture: str, package: str, with_labels: bool
 def alpamayo_1_5_10b() -> AlpamayoConfig:
     """Architecture of nvidia/Alpamayo-1.5-10B."""
     model = _release(ALPAMAYO_1_5, "Alpamayo1_5", "alpamayo1_5", with_labels=True)
-    return AlpamayoConfig.from_dicts(model, qwen3_vl_8b(), "preset Alpamayo-1.5-10B")
+    return parse_config(model, qwen3_vl_8b(), "preset Alpamayo-1.5-10B")
 
 
 def alpamayo_r1_10b() -> AlpamayoConfig:
     """Architecture of nvidia/Alpamayo-R1-10B."""
     model = _release(ALPAMAYO_R1, "AlpamayoR1", "alpamayo_r1", with_labels=False)
-    return AlpamayoConfig.from_dicts(model, qwen3_vl_8b(), "preset Alpamayo-R1-10B")
+    return parse_config(model, qwen3_vl_8b(), "preset Alpamayo-R1-10B")
 
 
 def parameter_count(config: AlpamayoConfig) -> int:

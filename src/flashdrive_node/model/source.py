@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.model.config import ALPAMAYO_1_5, ALPAMAYO_R1, AlpamayoConfig
+from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.errors import CheckpointError, ConfigError
 
 #: Files of the tokenizer and processor that a checkpoint or backbone may have.
@@ -127,7 +128,7 @@ def read_config(directory: Path, allow_download: bool = False, cache_dir: Path |
         ConfigError: A file is missing or no JSON object, or what it says cannot be used; lists every problem.
         CheckpointError: The backbone cannot be found.
     """
-    model = _read_json(directory / "config.json")
+    model = read_json(directory / "config.json")
     problems = []
     if model.get("model_type") not in (ALPAMAYO_1_5, ALPAMAYO_R1):
         problems.append(
@@ -141,11 +142,16 @@ def read_config(directory: Path, allow_download: bool = False, cache_dir: Path |
         )
     if problems:
         raise ConfigError(str(directory / "config.json"), problems)
-    vlm = _read_json(backbone_directory(directory, str(name), allow_download, cache_dir) / "config.json")
-    return AlpamayoConfig.from_dicts(model, vlm, str(directory))
+    vlm = read_json(backbone_directory(directory, str(name), allow_download, cache_dir) / "config.json")
+    return parse_config(model, vlm, str(directory))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: It cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -43,11 +43,12 @@ def _linear(name: str, out: int, inp: int, target: str, row: int = 0, bias: bool
     return slots + ([TensorSlot(f"{name}.bias", (out,), f"{target}.bias", row)] if bias else [])
 
 
-def _decoder_layers(name: str, config: DecoderConfig, target: str) -> list[TensorSlot]:
+def decoder_slots(name: str, config: DecoderConfig, target: str) -> list[TensorSlot]:
+    """Layers and final norm of a decoder stack; `name` and `target` are what stands in front, up to the dot."""
     hidden, inter, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
     slots: list[TensorSlot] = []
     for i in range(config.num_layers):
-        src, dst = f"{name}.layers.{i}", f"{target}.layers.{i}"
+        src, dst = f"{name}layers.{i}", f"{target}layers.{i}"
         slots += _norm(f"{src}.input_layernorm", hidden, f"{dst}.input_norm")
         slots += _linear(f"{src}.self_attn.q_proj", q, hidden, f"{dst}.qkv")
         slots += _linear(f"{src}.self_attn.k_proj", kv, hidden, f"{dst}.qkv", row=q)
@@ -59,7 +60,7 @@ def _decoder_layers(name: str, config: DecoderConfig, target: str) -> list[Tenso
         slots += _linear(f"{src}.mlp.gate_proj", inter, hidden, f"{dst}.gate_up")
         slots += _linear(f"{src}.mlp.up_proj", inter, hidden, f"{dst}.gate_up", row=inter)
         slots += _linear(f"{src}.mlp.down_proj", hidden, inter, f"{dst}.down")
-    return slots + _norm(f"{name}.norm", hidden, f"{target}.norm")
+    return slots + _norm(f"{name}norm", hidden, f"{target}norm")
 
 
 def _vision(config: AlpamayoConfig) -> list[TensorSlot]:
@@ -95,14 +96,14 @@ def _language(config: AlpamayoConfig) -> list[TensorSlot]:
     vocab, hidden = config.tokens.vocab_size, config.text.hidden_size
     return [
         TensorSlot("vlm.model.language_model.embed_tokens.weight", (vocab, hidden), "language.embed_tokens.weight"),
-        *_decoder_layers("vlm.model.language_model", config.text, "language"),
+        *decoder_slots("vlm.model.language_model.", config.text, "language."),
         TensorSlot("vlm.lm_head.weight", (vocab, hidden), "language.lm_head.weight"),
     ]
 
 
 def _expert(config: AlpamayoConfig) -> list[TensorSlot]:
     proj, hidden, channels = config.action_in_proj, config.expert.hidden_size, 2
-    slots = _decoder_layers("expert", config.expert, "expert")
+    slots = decoder_slots("expert.", config.expert, "expert.")
     sizes = [(proj.num_fourier_feats // 2) * 2 * (channels + 1), *[proj.hidden_size] * proj.num_enc_layers, hidden]
     target = "expert.action_in_proj"
     for i, (inp, out) in enumerate(pairwise(sizes)):

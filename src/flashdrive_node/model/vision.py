@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import conv3d, gelu, scaled_dot_product_attention
 
 from flashdrive_node.model.config import VisionConfig
 from flashdrive_node.model.decoder import Observe
@@ -39,6 +39,27 @@ def patch_coordinates(grid: tuple[int, int], merge: int, device: torch.device) -
         return x.reshape(grid[0] // merge, merge, grid[1] // merge, merge).transpose(1, 2).reshape(-1)
 
     return blocks(rows), blocks(cols)
+
+
+class PatchEmbed(nn.Linear):
+    """Patch rows to hidden states.
+
+    On the CPU it runs as the convolution that it is in the reference: a sum of 1536 products is the coarsest rounding
+    of the whole network, and in the same order it is the same.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__(config.patch_features, config.hidden_size)
+        self.kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.channels = config.in_channels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[patches, channels x temporal x height x width] -> [patches, hidden]."""
+        if pixels.is_cuda:
+            return super().forward(pixels)
+        shape = (self.channels, *self.kernel)
+        out = conv3d(pixels.unflatten(1, shape), self.weight.unflatten(1, shape), self.bias, stride=self.kernel)
+        return out.flatten(1)
 
 
 class PatchMerger(nn.Module):
@@ -89,7 +110,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Linear(config.patch_features, config.hidden_size)
+        self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config, norm_after=False)

@@ -28,8 +28,8 @@ ERROR_SHOWN_S = 2.0
 QUIET_S = 0.5
 #: After activation or a reset: 1.5 s of odometry and 0.3 s of frames have to come in first.
 SETTLING_S = 3.0
-#: Share of the expected rate below which a camera is reported.
-LOW_RATE = 0.75
+#: Shares of the expected rate below and above which a camera is reported.
+LOW_RATE, HIGH_RATE = 0.75, 1.5
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _inference(
         missing = f"; {pipeline.refusal.text}" if pipeline.refusal is not None else ""
         return WARN, "starting", f"{publication.since_text}{missing}"
     if pipeline.refusal is not None and fresh_s > QUIET_S:
-        return ERROR, "no window", _explained(pipeline.refusal, pipeline.cameras)
+        return ERROR, "no window", _explained(pipeline.refusal, pipeline)
     if publication.last == "failed":
         return ERROR, "engine error", publication.last_text
     if publication.last == "withheld":
@@ -119,12 +119,16 @@ def _recent_error(camera: CameraStatus) -> bool:
     return bool(camera.last_error) and camera.last_error_age_s < ERROR_SHOWN_S
 
 
-def _explained(refusal: Refusal, cameras: Iterable[CameraStatus]) -> str:
-    """The refusal, and where images of its camera were refused, why: that is the cause of a missing frame."""
-    for camera in cameras:
-        if camera.name == refusal.camera and _recent_error(camera) and camera.last_error not in refusal.text:
-            return f"{refusal.text}; refused: {camera.last_error}"
-    return refusal.text
+def _explained(refusal: Refusal, pipeline: PipelineStatus) -> str:
+    """The refusal, and where messages of its input were refused, why: that is the cause of what is missing."""
+    if refusal.reason.startswith("odometry"):
+        recent = pipeline.odometry_last_error_age_s < ERROR_SHOWN_S
+        error = pipeline.odometry_last_error if recent else ""
+    else:
+        # A refusal that names no camera waits for all of them.
+        named = [camera for camera in pipeline.cameras if refusal.camera in (camera.name, None)]
+        error = next((camera.last_error for camera in named if _recent_error(camera)), "")
+    return f"{refusal.text}; refused: {error}" if error and error not in refusal.text else refusal.text
 
 
 def engine_status(
@@ -214,6 +218,8 @@ def _camera(
         return WARN, f"the rig says {spec.width}x{spec.height}, CameraInfo {info[0]}x{info[1]}"
     if 0 < camera.rate_hz < LOW_RATE * spec.rate_hz:
         return WARN, f"{camera.rate_hz:.1f} Hz, {spec.rate_hz:.0f} Hz are expected"
+    if camera.rate_hz > HIGH_RATE * spec.rate_hz:
+        return WARN, f"{camera.rate_hz:.1f} Hz, {spec.rate_hz:.0f} Hz are expected (do two drivers publish it?)"
     return OK, f"{camera.rate_hz:.1f} Hz"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from flashdrive_node.engine.fake import FakeEngine, FakeSettings
 from flashdrive_node.engine.protocol import Engine
@@ -41,8 +43,13 @@ def choose_engine(parameters: Parameters, rig: Rig) -> EngineChoice:
         return EngineChoice(lambda: fake, fake)
     if not parameters.checkpoint:
         raise ParameterError(
-            ["parameter 'checkpoint' is required by engine 'plain': a directory or a Hugging Face id; it is empty"]
+            [
+                f"parameter 'checkpoint' is required by engine '{parameters.engine}': a directory or a Hugging Face "
+                "id; it is empty"
+            ]
         )
+    if parameters.engine == "streaming":
+        return EngineChoice(lambda: _streaming(parameters, rig))
     return EngineChoice(lambda: _plain(parameters, rig))
 
 
@@ -52,28 +59,65 @@ def adjust_fake(engine: FakeEngine, parameters: Parameters) -> None:
     engine.set_fault(parameters.fake_fault)  # type: ignore[arg-type]  # the table's choices are the engine's
 
 
-def _plain(parameters: Parameters, rig: Rig) -> Engine:
-    # Imported in the engine's thread and only where it is used: torch takes seconds, and the fake engine needs none.
-    from flashdrive_node.engine.plain import PlainEngine, PlainSettings
-    from flashdrive_node.model.sampling import SamplingSettings
+# The networks are imported in the engine's thread and only where they are used: torch takes seconds, and the fake
+# engine needs none.
 
-    return PlainEngine(
-        PlainSettings(
-            checkpoint=parameters.checkpoint,
-            revision=parameters.revision or None,
-            allow_download=parameters.allow_download,
-            device=parameters.device,
-            precision=parameters.precision,
-            samples=parameters.num_samples,
-            sampling=SamplingSettings(
-                temperature=parameters.temperature,
-                top_p=parameters.top_p,
-                top_k=parameters.top_k or None,
-                max_length=parameters.max_generation_length,
-            ),
-            flow_steps=parameters.flow_steps,
-            guidance_weight=parameters.guidance_weight,
-            seed=parameters.seed,
-            cameras=tuple(camera.index for camera in rig.cameras),
+
+def _plain(parameters: Parameters, rig: Rig) -> Engine:
+    from flashdrive_node.engine.plain import PlainEngine
+    from flashdrive_node.engine.settings import PlainSettings
+
+    return PlainEngine(PlainSettings(flow_steps=parameters.flow_steps, **_common(parameters, rig)))
+
+
+def _streaming(parameters: Parameters, rig: Rig) -> Engine:
+    from flashdrive_node.engine.flow_schedule import FlowSchedule
+    from flashdrive_node.engine.settings import StreamingSettings
+    from flashdrive_node.engine.stream import StreamSettings
+    from flashdrive_node.engine.streaming import StreamingEngine
+
+    schedule = FlowSchedule.parse(parameters.flow_schedule) if parameters.flow_schedule else None
+    stream = StreamSettings(
+        mode=parameters.stream_mode,  # type: ignore[arg-type]  # the table's choices are the engine's
+        refresh_every=parameters.refresh_every,
+        refresh_views=parameters.refresh_views,
+    )
+    return StreamingEngine(
+        StreamingSettings(
+            stream=stream,
+            schedule=schedule,
+            flow_steps=parameters.flow_steps if schedule is None else None,
+            drafter=Path(parameters.drafter) if parameters.drafter else None,
+            shared_text=parameters.shared_text,
+            **_common(parameters, rig),
         )
     )
+
+
+def _common(parameters: Parameters, rig: Rig) -> dict[str, Any]:
+    """Settings that all engines with networks share."""
+    from flashdrive_node.engine.settings import PlainSettings
+    from flashdrive_node.model.sampling import SamplingSettings
+
+    sizes = [(camera.height, camera.width) for camera in rig.cameras if camera.height and camera.width]
+    return {
+        "checkpoint": parameters.checkpoint,
+        "revision": parameters.revision or None,
+        "allow_download": parameters.allow_download,
+        "overlay": Path(parameters.overlay) if parameters.overlay else None,
+        "device": parameters.device,
+        "precision": parameters.precision,
+        "samples": parameters.num_samples,
+        "sampling": SamplingSettings(
+            temperature=parameters.temperature,
+            top_p=parameters.top_p,
+            top_k=parameters.top_k or None,
+            max_length=parameters.max_generation_length,
+        ),
+        "noise_temperature": parameters.noise_temperature,
+        "guidance_weight": parameters.guidance_weight,
+        "seed": parameters.seed,
+        "cameras": tuple(camera.index for camera in rig.cameras),
+        # The warm-up window is to look like the real ones.
+        "image_size": sizes[0] if sizes else PlainSettings.image_size,
+    }

@@ -14,8 +14,10 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 
+from flashdrive_node.ros.bridge import BridgeError, load_converter
 from flashdrive_node.ros.messages import odometry_sample
 from flashdrive_node.ros.serialized import SerializedError, compressed_image, raw_image
+from flashdrive_node.runtime.decode import ENCODINGS
 from flashdrive_node.runtime.observation import RawImage
 from flashdrive_node.runtime.pipeline import Pipeline
 from flashdrive_node.runtime.rig import NAVIGATION_INPUT, ODOMETRY_INPUT, CameraSpec, Rig
@@ -36,6 +38,8 @@ class Inputs:
         self._node = node
         self._pipeline = pipeline
         self._subscriptions: list[Subscription] = []
+        raw = any(camera.transport == "raw" for camera in rig.cameras)
+        self._convert = load_converter() if raw else None
         #: Width and height that CameraInfo announces, by camera index.
         self.camera_info: dict[int, tuple[int, int]] = {}
         for camera in rig.cameras:
@@ -78,7 +82,9 @@ class Inputs:
     def _on_image(self, index: int, parse: Callable[[bytes], RawImage], message: bytes) -> None:
         try:
             image = parse(message)
-        except SerializedError as error:
+            if self._convert is not None and not image.compressed and image.encoding not in ENCODINGS:
+                image = self._convert(message, image)
+        except (SerializedError, BridgeError) as error:
             self._pipeline.refuse_image(index, str(error))
             return
         # Before the first /clock of a simulation there is no time to compare with.

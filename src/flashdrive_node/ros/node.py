@@ -15,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.clock import Clock, ClockType, JumpThreshold, TimeJump
+from rclpy.clock import Clock, ClockChange, ClockType, JumpThreshold, TimeJump
 from rclpy.duration import Duration
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.lifecycle.node import LifecycleNode
@@ -105,8 +106,14 @@ class FlashdriveNode(LifecycleNode):
             return FAILURE
         self._publication, self._timings = Publication(), StageTimings()
         self._epoch_seen = 0
+        # One of its own for every pipeline: an engine that was left behind may deliver long after cleanup.
+        self._deliveries = deque()
         self._pipeline = Pipeline(
-            self.rig, self._engine.make, self._on_delivery, pipeline_settings(parameters), lambda _: self._wake()
+            self.rig,
+            self._engine.make,
+            partial(self._on_delivery, self._deliveries),
+            pipeline_settings(parameters),
+            lambda _: self._wake(),
         )
         self._outputs = Outputs(self, self.rig)
         self._inputs = Inputs(self, self.rig, self._pipeline, self._on_navigation)
@@ -184,9 +191,9 @@ class FlashdriveNode(LifecycleNode):
 
     # Results
 
-    def _on_delivery(self, delivery: Delivery) -> None:
+    def _on_delivery(self, deliveries: deque[Delivery], delivery: Delivery) -> None:
         """Called from the pipeline's threads."""
-        self._deliveries.append(delivery)
+        deliveries.append(delivery)
         self._wake()
 
     def _wake(self) -> None:
@@ -291,9 +298,12 @@ class FlashdriveNode(LifecycleNode):
         return response
 
     def _on_clock_jump(self, jump: TimeJump) -> None:
+        if self._pipeline is None:
+            return
+        if jump.clock_change in (ClockChange.ROS_TIME_ACTIVATED, ClockChange.ROS_TIME_DEACTIVATED):
+            self._pipeline.reset("clock_change", "use_sim_time was switched")
         # The first /clock of a simulation is no jump: there was no time before it.
-        first = self.get_clock().now().nanoseconds == jump.delta.nanoseconds
-        if self._pipeline is not None and not first:
+        elif self.get_clock().now().nanoseconds != jump.delta.nanoseconds:
             self._pipeline.reset("clock_jump", f"the clock jumped by {jump.delta.nanoseconds / 1e9:+.3f} s")
 
     # Parameters

@@ -108,10 +108,17 @@ class Parameters:
     """The values of all parameters, checked. The order here is the order of the documentation."""
 
     # Engine
-    engine: str = _parameter("plain", "What computes: the model, or a stand-in without one", choices=("plain", "fake"))
-    checkpoint: str = _parameter("", "Directory of a checkpoint, or a Hugging Face id; needed by the plain engine")
+    engine: str = _parameter(
+        "plain",
+        "What computes: the model window by window, the model over a stream of windows, or a stand-in without one",
+        choices=("plain", "streaming", "fake"),
+    )
+    checkpoint: str = _parameter("", "Directory of a checkpoint, or a Hugging Face id; the fake engine needs none")
     revision: str = _parameter("", "Revision of the Hugging Face id; empty takes the cached default")
     allow_download: bool = _parameter(False, "Fetch a checkpoint that is not in the local cache")
+    overlay: str = _parameter(
+        "", "File or directory of a fine-tuned expert to put over the checkpoint's; empty for none"
+    )
     device: str = _parameter("auto", "PyTorch device: auto (GPU where there is one), cpu, cuda or cuda:N")
     precision: str = _parameter(
         "auto", "Arithmetic of the networks; auto is bfloat16 on a GPU", choices=("auto", "bfloat16", "float32")
@@ -125,10 +132,28 @@ class Parameters:
     guidance_weight: float = _parameter(
         1.0, "Weight of the navigation text in classifier-free guidance; 1 is off", span=(0.0, 10.0)
     )
+    noise_temperature: float = _parameter(
+        1.0, "Scale of the noise that trajectories start from; less is less diverse", span=(0.0, 2.0)
+    )
     seed: int = _parameter(0, "Seed of the sampling", span=(0, 2**31 - 1))
     hang_timeout_s: float = _parameter(
         10.0, "A window that computes longer is reported as hanging", span=(0.1, 600.0), unit="s"
     )
+    # Streaming engine
+    stream_mode: str = _parameter(
+        "features",
+        "Keep nothing, the images' features (exact), or keys and values too (approximate, least work)",
+        choices=("full", "features", "kv"),
+    )
+    refresh_every: int = _parameter(
+        0, "In mode kv, compute all images anew every so many windows; 0 is never", span=(0, 100000)
+    )
+    refresh_views: bool = _parameter(False, "In mode kv, compute one camera's images anew in every window, in turn")
+    drafter: str = _parameter("", "Directory of a DFlash drafter that guesses the text; empty for none")
+    flow_schedule: str = _parameter(
+        "", "Flow steps to evaluate, such as 8:0,1,2,7 or 8:0,1,2,7:linear; empty evaluates all flow_steps"
+    )
+    shared_text: bool = _parameter(False, "One reasoning for all samples in place of one each")
     # Inputs
     rig: str = _parameter("sample", "Camera rig: name of a file in params/rigs, or a path to one", AT_START)
     frame_interval_s: float = _parameter(0.1, "Time between the four frames of a camera", span=(0.02, 1.0), unit="s")
@@ -199,6 +224,7 @@ def _spec(entry: Field[Any]) -> ParameterSpec:
 #: Headings of the YAML by the first parameter under them.
 _HEADINGS = {
     "engine": "Engine",
+    "stream_mode": "Streaming engine (engine: streaming)",
     "rig": "Inputs",
     "output_frame": "Outputs and what is withheld",
     "auto_activate": "Node",

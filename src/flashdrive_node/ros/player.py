@@ -32,6 +32,8 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 from flashdrive_node.runtime.bag import BagError, messages, open_bag, select
 from flashdrive_node.runtime.rig import RigError, load_rig
 
+#: Of commands that take as long as a recording.
+PROGRESS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of the recording [{elapsed}<{remaining}]"
 #: Called with the bag time since the start of the recording in seconds.
 OnProgress = Callable[[float], None]
 
@@ -52,7 +54,7 @@ class PlayOptions:
     clock_hz: float = 100.0
     #: How long to wait until every camera and odometry topic has a subscriber.
     wait_s: float = 30.0
-    #: How long /clock runs on after the last message, in bag time.
+    #: How long /clock runs on after the last message, in wall time.
     tail_s: float = 0.5
 
     def __post_init__(self) -> None:
@@ -76,6 +78,8 @@ class PlayResult:
 
     messages: dict[str, int] = field(default_factory=dict)
     loops: int = 0
+    #: Where playing started, seconds after the start of the recording.
+    start_offset_s: float = 0.0
     #: Bag time played, without repetitions of a loop, and wall time taken.
     played_s: float = 0.0
     wall_s: float = 0.0
@@ -114,23 +118,24 @@ def play(node: Node, options: PlayOptions, on_progress: OnProgress | None = None
                 f"{reader.duration / 1e9:.3f} s"
             )
         stop = None if options.duration_s is None else start + round(options.duration_s * 1e9)
-        publishers = {c.id: node.create_publisher(message_class(c.msgtype), c.topic, _qos(c)) for c in connections}
+        publishers = {
+            c.id: node.create_publisher(message_class(c.msgtype), c.topic, publisher_qos(c)) for c in connections
+        }
         clock = _ClockPublisher(node, options.clock_hz)
         required = [rig.odometry_topic, *(camera.topic for camera in rig.cameras)]
         waited = [publishers[c.id] for c in connections if c.topic in required]
         _wait_for_subscribers(waited, clock, start, options.wait_s)
-        result = PlayResult(messages={c.topic: 0 for c in connections})
+        result = PlayResult(messages={c.topic: 0 for c in connections}, start_offset_s=options.start_offset_s)
         began = time.monotonic()
         try:
             while True:
                 end = _play_once(
                     messages(reader, connections, start, stop), publishers, clock, start, options, result, on_progress
                 )
-                result.played_s = (end - start) / 1e9
                 if not options.loop:
                     break
                 result.loops += 1
-            clock.run(end, end + round(options.tail_s * 1e9), options.rate)
+            clock.run(end, options.tail_s, options.rate)
             for publisher in waited:
                 publisher.wait_for_all_acked(Duration(seconds=1.0))
         except (KeyboardInterrupt, ExternalShutdownException):
@@ -163,6 +168,7 @@ def _play_once(
         result.late_mean_ms += late_ms
         result.late_max_ms = max(result.late_max_ms, late_ms)
         result.messages[connection.topic] += 1
+        result.played_s = max(result.played_s, (stamp - start_ns) / 1e9)
         if on_progress is not None:
             on_progress((stamp - start_ns) / 1e9)
     return stamp
@@ -203,9 +209,9 @@ class _ClockPublisher:
             if remaining > 0:
                 self.publish(stamp_ns - round(remaining * rate * 1e9))
 
-    def run(self, from_ns: int, to_ns: int, rate: float) -> None:
-        """Let the time run from one bag time to a later one."""
-        self.run_until(time.monotonic() + (to_ns - from_ns) / 1e9 / rate, to_ns, rate)
+    def run(self, from_ns: int, seconds: float, rate: float) -> None:
+        """Let the time run on for some seconds of the wall clock."""
+        self.run_until(time.monotonic() + seconds, from_ns + round(seconds * rate * 1e9), rate)
 
 
 def _wait_for_subscribers(publishers: list[Publisher], clock: _ClockPublisher, start_ns: int, wait_s: float) -> None:
@@ -219,7 +225,7 @@ def _wait_for_subscribers(publishers: list[Publisher], clock: _ClockPublisher, s
         time.sleep(0.05)
 
 
-def _qos(connection: Connection) -> QoSProfile:
+def publisher_qos(connection: Connection) -> QoSProfile:
     """Reliable, which every subscriber accepts; latched topics stay latched, and the depth is at least the bag's."""
     offered = getattr(connection.ext, "offered_qos_profiles", [])
     latched = any(q.durability == QosDurability.TRANSIENT_LOCAL for q in offered)
@@ -259,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         total = min(total, options.duration_s or total)
         rclpy.init(args=[])
         node = Node("flashdrive_player", enable_rosout=False, start_parameter_services=False)
-        with tqdm(total=round(total, 1), unit="s", disable=quiet, desc="replay", bar_format=_BAR) as bar:
+        with tqdm(total=round(total, 1), unit="s", disable=quiet, desc="replay", bar_format=PROGRESS_BAR) as bar:
 
             def show(played_s: float) -> None:
                 bar.n = round(played_s, 1)
@@ -276,8 +282,6 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(dataclasses.asdict(result)), flush=True)
     return 130 if result.interrupted else 0
 
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of the recording [{elapsed}<{remaining}]"
 
 if __name__ == "__main__":
     sys.exit(main())

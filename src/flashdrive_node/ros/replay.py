@@ -19,6 +19,8 @@ from flashdrive_node.runtime.bag import open_bag, select
 from flashdrive_node.runtime.rig import load_rig
 
 _RECORDED = (f"/{NODE_NAME}/output/", f"/{NODE_NAME}/debug/", "/diagnostics")
+#: How long the window that is being computed when the recording ends may take.
+_LAST_WINDOW_S = 20.0
 _RESULTS_TOPIC = f"/{NODE_NAME}/output/record"
 
 
@@ -63,7 +65,7 @@ def replay(
         raise FileExistsError(f"a new directory is required for the recorded outputs, {outputs} exists")
     with open_bag(play.bag) as reader:
         select(reader, load_rig(play.rig))
-    played, problem, interrupted = PlayResult(), "", False
+    problem, interrupted = "", False
     with Session(session) as running:
         recorder = running.spawn(
             "flashdrive_node.ros.recorder", [str(outputs), *(a for p in _RECORDED for a in ("--prefix", p))]
@@ -73,22 +75,19 @@ def replay(
         _wait_for_recorder(running)
         player = running.spawn("flashdrive_node.ros.player", _player_arguments(play, quiet), sends_images=True)
         try:
-            try:
-                while player.poll() is None:
-                    running.spin(0.1)
-                # One more report of the node, so that the last windows are in its counters.
-                running.wait_for_diagnostics(2, 3.0)
-            except KeyboardInterrupt:
-                interrupted = True
-                on_text("interrupted: finishing the recording ...")
-            played = _played(player)
-            if player.returncode not in (0, 130, -2):
-                problem = f"the player ended with exit code {player.returncode}"
-            if not interrupted:
-                running.transition(Transition.TRANSITION_DEACTIVATE, "deactivate", 15.0)
-                running.spin(0.3)
+            while player.poll() is None:
+                running.spin(0.1)
+            running.wait_until_idle(_LAST_WINDOW_S)
+            running.transition(Transition.TRANSITION_DEACTIVATE, "deactivate", 15.0)
+            running.spin(0.3)
+        except KeyboardInterrupt:
+            interrupted = True
+            on_text("interrupted: finishing the recording ...")
         except SessionError as error:
             problem = str(error)
+        played = _played(player)
+        if not problem and player.returncode not in (0, 130, -signal.SIGINT):
+            problem = f"the player ended with exit code {player.returncode}"
         recorded = end_process(recorder)
     return ReplayRun(play.bag, outputs if recorded == 0 else None, played, problem, interrupted, running.log)
 

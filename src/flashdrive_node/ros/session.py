@@ -33,6 +33,7 @@ from flashdrive_node.runtime.rig import load_rig, rig_remappings, share_director
 
 DDS_PROFILE = "fastdds_shared_memory.xml"
 _TAIL_LINES = 15
+_DISCOVERY_S = 0.4
 
 
 class SessionError(Exception):
@@ -61,7 +62,7 @@ def own_domain_id() -> int:
 
 
 class Session:
-    """Starts the node on entering and ends it on leaving."""
+    """Starts the node on entering and ends it on leaving; for the main thread of a program."""
 
     def __init__(self, options: SessionOptions):
         self.options = options
@@ -73,6 +74,11 @@ class Session:
         self._environment = _environment(options)
 
     def __enter__(self) -> Self:
+        # The end of this program by SIGTERM must end its children too.
+        self._on_sigterm = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        # A job of a script inherits an ignored SIGINT; it must end by one all the same, and so must its children.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Discovery reads these when the context is made, so they must also hold for this process.
         os.environ.update({k: self._environment[k] for k in ("ROS_AUTOMATIC_DISCOVERY_RANGE", "ROS_LOG_DIR")})
         self._context = Context()
@@ -84,6 +90,7 @@ class Session:
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.control)
         self._change = self.control.create_client(ChangeState, f"/{NODE_NAME}/change_state")
+        self._refuse_company()
         self.node = self.spawn("flashdrive_node.ros.main", self._node_arguments(), self.log)
         return self
 
@@ -92,9 +99,8 @@ class Session:
     ) -> None:
         for child in reversed(self._children):
             end_process(child)
-        self._executor.shutdown(timeout_sec=1.0)
-        self.control.destroy_node()
-        self._context.try_shutdown()
+        self._leave()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def spawn(
         self, module: str, arguments: Sequence[str], log: Path | None = None, sends_images: bool = False
@@ -135,8 +141,7 @@ class Session:
         deadline = time.monotonic() + timeout_s
         said = ""
         while True:
-            engine = self.diagnostics.get("engine", DiagnosticStatus())
-            state = next((item.value for item in engine.values if item.key == "state"), "")
+            state, engine = self.engine_state()
             if state == "ready":
                 break
             if state in ("loading", "warming") and engine.message != said:
@@ -182,6 +187,18 @@ class Session:
         if self.node.poll() is not None:
             raise SessionError(f"the node ended with exit code {self.node.returncode}\n{self.log_tail()}")
 
+    def engine_state(self) -> tuple[str, DiagnosticStatus]:
+        """State of the engine as the node last reported it ("" before that), and the whole report."""
+        engine = self.diagnostics.get("engine", DiagnosticStatus())
+        return next((item.value for item in engine.values if item.key == "state"), ""), engine
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Wait until the engine has nothing left to compute; returns silently when the time is over."""
+        deadline = time.monotonic() + timeout_s
+        self.wait_for_diagnostics(1, min(timeout_s, 3.0))
+        while self.engine_state()[0] == "busy" and time.monotonic() < deadline:
+            self.wait_for_diagnostics(1, 3.0)
+
     def wait_for_diagnostics(self, count: int, timeout_s: float) -> None:
         """Wait until the node has reported that many times more; returns silently when the time is over."""
         wanted, deadline = self.diagnostics_received + count, time.monotonic() + timeout_s
@@ -192,6 +209,23 @@ class Session:
         """The last lines of the node's log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "\n".join(["end of the node's log:", *(f"  {line}" for line in lines[-_TAIL_LINES:])])
+
+    def _refuse_company(self) -> None:
+        """Two nodes of one name in one domain would take each other's requests."""
+        end = time.monotonic() + _DISCOVERY_S
+        while time.monotonic() < end:
+            self._executor.spin_once(timeout_sec=0.05)
+            if self._change.service_is_ready():
+                self._leave()
+                raise SessionError(
+                    f"a {NODE_NAME} is already running in ROS domain {self.options.domain_id}; "
+                    "set ROS_DOMAIN_ID to a free one"
+                )
+
+    def _leave(self) -> None:
+        self._executor.shutdown(timeout_sec=1.0)
+        self.control.destroy_node()
+        self._context.try_shutdown()
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:

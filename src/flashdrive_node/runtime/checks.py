@@ -15,6 +15,8 @@ class CheckRule:
 
     #: Largest age (now - t0) at publication, seconds.
     max_result_age_s: float = 2.0
+    #: How far t0 may be ahead of the node's clock, seconds: clocks of machines differ a little.
+    max_ahead_s: float = 0.5
     #: Largest |acceleration|, m/s^2, and |curvature|, 1/m.
     max_acceleration: float = 9.8
     max_curvature: float = 0.33
@@ -55,6 +57,9 @@ def check_prediction(
         violations = [Violation(v.kind, v.text + note) for v in violations]
     if not age_s <= rule.max_result_age_s:
         violations.append(Violation("age", f"result is {age_s:.2f} s old, at most {rule.max_result_age_s:.2f} s"))
+    if age_s < -rule.max_ahead_s:
+        text = f"t0 is {-age_s:.2f} s ahead of the node's clock (is use_sim_time set, and nobody publishes /clock?)"
+        violations.append(Violation("age", text))
     return violations
 
 

@@ -1,18 +1,11 @@
-"""What the sensors delivered, as plain data, and the step from chosen frames and ego history to an observation."""
+"""What the sensors delivered, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-from flashdrive_node.engine.protocol import CameraFrames, Observation
-
-if TYPE_CHECKING:
-    from flashdrive_node.runtime.ego_history import EgoWindow
-    from flashdrive_node.runtime.frames import FrameWindow
 
 #: Whatever supports the buffer protocol: bytes, memoryview, array.array, a uint8 array.
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
@@ -58,28 +51,3 @@ class OdometrySample:
     linear_velocity: tuple[float, float, float]
     #: rad/s in ``child_frame_id``.
     angular_velocity: tuple[float, float, float]
-
-
-def build_observation(window_id: int, window: FrameWindow, ego: EgoWindow, nav_text: str | None) -> Observation:
-    """Join decoded frames and ego history of one t0 into what the engine takes.
-
-    Args:
-        window_id: Number of the observation, increasing.
-        window: Chosen frames, every one of them decoded.
-        ego: History that ends at the window's t0.
-        nav_text: Navigation instruction or None.
-
-    Raises:
-        ValueError: The two are of different times, or a frame has no decoded image.
-    """
-    if ego.t0_ns != window.t0_ns:
-        raise ValueError(f"ego history ends at {ego.t0_ns} ns, the frames of window {window_id} at {window.t0_ns} ns")
-    cameras = []
-    for camera in window.cameras:
-        images = tuple(frame.pixels for frame in camera.frames if frame.pixels is not None)
-        if len(images) != len(camera.frames):
-            raise ValueError(
-                f"window {window_id}: camera {camera.index} has {len(images)} of {len(camera.frames)} frames"
-            )
-        cameras.append(CameraFrames(camera.index, camera.stamps_ns, images))
-    return Observation(window_id, window.t0_ns, tuple(cameras), ego.xyz, ego.rot, nav_text)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from threading import RLock
 
 from flashdrive_node.engine.protocol import Engine
+from flashdrive_node.runtime.assembly import build_observation
 from flashdrive_node.runtime.checks import Violation, check_prediction
 from flashdrive_node.runtime.decode_pool import DecodePool
 from flashdrive_node.runtime.delivery import Delivery
 from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
 from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
-from flashdrive_node.runtime.observation import OdometrySample, RawImage, build_observation
+from flashdrive_node.runtime.observation import OdometrySample, RawImage
 from flashdrive_node.runtime.pipeline_settings import PipelineSettings
 from flashdrive_node.runtime.pipeline_status import (
     CameraStatus,

@@ -1,0 +1,82 @@
+"""Deployment settings of the engines; the architecture comes with the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from flashdrive_node.engine.flow_schedule import FlowSchedule
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.loading import DTYPES
+from flashdrive_node.model.sampling import SamplingSettings
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """Settings of the plain engine."""
+
+    #: Local directory or Hugging Face id.
+    checkpoint: str
+    revision: str | None = None
+    allow_download: bool = False
+    #: Fine-tuned expert to put over the checkpoint's.
+    overlay: Path | None = None
+    #: "auto" takes a GPU where there is one.
+    device: str = "auto"
+    #: "auto" is bfloat16 on a GPU and float32 on the CPU.
+    precision: str = "auto"
+    samples: int = 1
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    #: Scale of the flow's starting noise.
+    noise_temperature: float = 1.0
+    #: Flow steps; None takes the checkpoint's number.
+    flow_steps: int | None = None
+    #: Weight of navigation guidance; 1 is off, and costs nothing.
+    guidance_weight: float = 1.0
+    #: Window k of a stream draws with seed + k, so a replay repeats itself.
+    seed: int = 0
+    #: What the warm-up window looks like: camera indices, frames of each, height and width in pixels.
+    cameras: tuple[int, ...] = (0, 1, 2, 6)
+    frames: int = 4
+    image_size: tuple[int, int] = (1080, 1920)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, found {self.samples}")
+        if self.precision not in ("auto", *DTYPES):
+            raise InputError(f"precision must be one of {['auto', *DTYPES]}, found {self.precision!r}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that "auto" stands for."""
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that "auto" stands for."""
+        if self.precision == "auto":
+            return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+        return DTYPES[self.precision]
+
+
+@dataclass(frozen=True)
+class StreamingSettings(PlainSettings):
+    """Settings of the streaming engine."""
+
+    #: What is kept from window to window.
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    #: Which flow steps are evaluated; None evaluates all `flow_steps`.
+    schedule: FlowSchedule | None = None
+    #: Directory of a DFlash drafter; None decodes one token at a time.
+    drafter: Path | None = None
+    #: One text for all samples, which then differ by their starting noise alone; else each has its own.
+    shared_text: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is not None and self.flow_steps is not None:
+            raise InputError("flow_steps and schedule exclude each other, found both")

@@ -1,0 +1,184 @@
+"""What a window has in common with the one before: which images stay, which tokens are computed anew, and in what runs.
+
+In the order of the prompt, which is camera by camera, a token sees all slots in front of it. So tokens that are
+computed while others are kept need no mask but causality: each run of neighbours is the end of a growing sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.prompt import ImageSpan, Prompt
+
+#: full: every window from scratch. features: vision features of kept images are used again, which changes nothing.
+#: kv: their keys and values too, which is the approximation that makes streaming fast.
+Mode = Literal["full", "features", "kv"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens that are computed: rows ``first .. end`` of the pass, the last one in slot ``slots - 1``."""
+
+    first: int
+    end: int
+    slots: int
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Tokens of a prompt that are computed while the others are kept."""
+
+    #: Their slots, ascending, int64 [T].
+    slots: Tensor
+    #: Runs with new images, and the prompt's end; causal at the end of all slots up to their own.
+    runs: tuple[Run, ...]
+    #: Rows of the short texts between kept images, which go together: int64 [texts].
+    text_rows: Tensor
+    #: What these may see, bool [texts, slots].
+    text_mask: Tensor
+    #: Rows that hold image tokens, and which image token each is: int64 [image rows].
+    image_rows: Tensor
+    image_tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class WindowPlan:
+    """How to get from one window to the next. Image tokens are counted over all images in the order of the prompt."""
+
+    #: Without history. Tensors below are on the model's device.
+    prompt: Prompt
+    #: int64 [3, T], and slots of all image tokens.
+    positions: Tensor
+    image_index: Tensor
+    #: Images that the vision tower runs on, as indices into the prompt's images, and their image tokens.
+    encode: tuple[int, ...]
+    encode_tokens: Tensor
+    #: Image tokens that go to another place, their frame having become older: from where, to where.
+    move_from: Tensor
+    move_to: Tensor
+    #: Tokens to compute, or None for all of them.
+    rows: RowPlan | None
+
+
+def match_frames(
+    old: Sequence[Sequence[int]] | None, new: Sequence[Sequence[int]]
+) -> tuple[tuple[int | None, ...], ...]:
+    """Where the frames of a window stood in the one before, camera by camera, by their stamps.
+
+    Args:
+        old: Stamps of the previous window per camera, or None where nothing is kept.
+        new: Stamps of this window, ascending in each camera.
+
+    Returns:
+        Per camera and frame the index of that frame before, or None for a new one.
+
+    Raises:
+        InputError: Stamps of a camera do not ascend, or cameras have unequal numbers of frames.
+    """
+    problems = [
+        f"camera {i}: ascending stamps are required, found {list(stamps)}"
+        for i, stamps in enumerate(new)
+        if any(b <= a for a, b in pairwise(stamps))
+    ]
+    if len({len(stamps) for stamps in new}) > 1:
+        problems.append(f"equally many frames per camera are required, found {[len(stamps) for stamps in new]}")
+    if problems:
+        raise InputError("; ".join(problems))
+    if old is None:
+        return tuple((None,) * len(stamps) for stamps in new)
+    places = [{stamp: i for i, stamp in enumerate(stamps)} for stamps in old]
+    return tuple(tuple(place.get(stamp) for stamp in stamps) for place, stamps in zip(places, new, strict=True))
+
+
+# A stream goes through the same few plans over and over: one new frame per camera, two after a missed tick, ...
+@lru_cache(maxsize=64)
+def plan_window(
+    prompt: Prompt,
+    sources: tuple[tuple[int | None, ...], ...],
+    mode: Mode,
+    refreshed: tuple[int, ...],
+    device: torch.device,
+) -> WindowPlan:
+    """Plan a window.
+
+    Args:
+        prompt: Without history.
+        sources: Of `match_frames`.
+        mode: What is kept of images that stay.
+        refreshed: Cameras, by their place in the window, whose kept images are computed anew in the language model.
+        device: Where index tensors are wanted.
+    """
+    images = prompt.images
+    flat = [source for camera in sources for source in camera]
+    if mode == "full":
+        flat = [None] * len(images)
+    frames = prompt.frames_per_camera
+    # Place of the first token of each image among all image tokens.
+    offsets = [0]
+    for image in images:
+        offsets.append(offsets[-1] + image.count)
+
+    def tokens(chosen: Sequence[int]) -> Tensor:
+        parts = [torch.arange(offsets[i], offsets[i + 1]) for i in chosen]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    encode = tuple(i for i, source in enumerate(flat) if source is None)
+    before = [None if source is None else i // frames * frames + source for i, source in enumerate(flat)]
+    moved = [(j, i) for i, j in enumerate(before) if j is not None and j != i]
+    kept = [i for i in range(len(images)) if i not in encode and i // frames not in refreshed]
+    rows = None
+    if mode == "kv" and kept:
+        rows = _row_plan(len(prompt.ids), images, offsets, set(kept), device)
+    return WindowPlan(
+        prompt=prompt,
+        positions=prompt.positions.to(device),
+        image_index=prompt.image_index.to(device),
+        encode=encode,
+        encode_tokens=tokens(encode).to(device),
+        move_from=tokens([j for j, _ in moved]).to(device),
+        move_to=tokens([i for _, i in moved]).to(device),
+        rows=rows,
+    )
+
+
+def _row_plan(
+    length: int, images: tuple[ImageSpan, ...], offsets: list[int], kept: set[int], device: torch.device
+) -> RowPlan:
+    computed = torch.ones(length, dtype=torch.bool)
+    computed[: images[0].start] = False  # nothing that changes stands in front of the first image
+    token_of_slot = torch.full((length,), -1)
+    for i, image in enumerate(images):
+        token_of_slot[image.start : image.end] = torch.arange(offsets[i], offsets[i + 1])
+        if i in kept:
+            computed[image.start : image.end] = False
+    slots = computed.nonzero()[:, 0]
+    image_rows = (token_of_slot[slots] >= 0).nonzero()[:, 0]
+    has_image = token_of_slot[slots] >= 0
+    # Runs start where a row's slot does not follow the one before.
+    starts = [0, *((slots.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(slots)]
+    runs: list[Run] = []
+    texts: list[Tensor] = []
+    for first, end in pairwise(starts):
+        if end == len(slots) or bool(has_image[first:end].any()):
+            runs.append(Run(first, end, int(slots[end - 1]) + 1))
+        else:
+            texts.append(torch.arange(first, end))
+    text_rows = torch.cat(texts) if texts else torch.empty(0, dtype=torch.int64)
+    seen = int(slots[text_rows].max()) + 1 if len(text_rows) else 0
+    text_mask = torch.arange(seen)[None, :] <= slots[text_rows][:, None]
+    return RowPlan(
+        slots=slots.to(device),
+        runs=tuple(runs),
+        text_rows=text_rows.to(device),
+        text_mask=text_mask.to(device),
+        image_rows=image_rows.to(device),
+        image_tokens=token_of_slot[slots[image_rows]].to(device),
+    )

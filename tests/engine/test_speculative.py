@@ -1,0 +1,270 @@
+"""Speculative decoding against one-at-a-time decoding: tokens, cache, what the expert sees, and distributions."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashdrive_node.engine import speculative
+from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.speculative import DraftRule, Propose, Speculated, Taps
+from flashdrive_node.model import inference
+from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.inference import Context, Generated, StopRule
+from flashdrive_node.model.sampling import SamplingSettings, filter_logits
+from support.small_models import random_model, small_config
+
+CONFIG = small_config(layers=2, waypoints=5, deepstack=[])
+STOP, CLOSING, END, PAD = CONFIG.tokens.future_start, 16, 2, 0
+RULE = StopRule(STOP, END, PAD, (CONFIG.tokens.traj_token_start, CONFIG.tokens.traj_vocab_size))
+#: Tokens that a test's model can say, the likeliest of all by far.
+WORDS = [10, 11, 12, 13, 14, 15]
+LAYERS = (0, 1)
+# float32, the same sums in blocks of another size.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def talking_model(seed: int, ends: float = 0.8) -> Alpamayo:
+    """A model that says `WORDS` and the ways to end, the latter scaled by `ends`."""
+    model = random_model(CONFIG, seed)
+    head = model.language.lm_head.weight
+    said = torch.zeros(len(head), 1)
+    said[WORDS] = 1.0
+    said[[STOP, CLOSING, END]] = ends
+    head.mul_(said * 3)
+    return model
+
+
+class Prompted:
+    """A prompt in a cache whose free slots hold NaN, from which texts are decoded again and again."""
+
+    def __init__(self, model: Alpamayo, seed: int, rows: int, max_length: int, block: int, context_length: int):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(7, 100, (9,), generator=generator)
+        self.model, slots = model, 9 + speculative.slots_needed(rows, SamplingSettings(max_length=max_length), block)
+        cache = inference.KVCache(CONFIG.text, slots + rows * 5, "cpu", torch.float32)
+        taps = Taps(LAYERS, context_length)
+        none = inference.VisionFeatures(torch.zeros(0, CONFIG.text.hidden_size), [])
+        self.context, self.logits = inference.prefill(
+            model, ids, torch.arange(9).expand(3, -1), -2, cache, none, torch.zeros(0, dtype=torch.int64), taps.observe
+        )
+        self.states = taps.states()
+
+    def clear(self) -> Context:
+        """Forget everything behind the prompt."""
+        cache = self.context.cache
+        cache.used = self.context.prefix
+        cache.keys[:, :, cache.used :] = torch.nan
+        cache.values[:, :, cache.used :] = torch.nan
+        return self.context
+
+    def plain(self, settings: SamplingSettings, generator: torch.Generator | None = None) -> Generated:
+        return inference.decode(self.model, self.clear(), self.logits, 1, settings, RULE, generator)
+
+    def text_slots(self) -> tuple[Tensor, Tensor]:
+        cache = self.context.cache
+        return cache.keys[:, :, : cache.used].clone(), cache.values[:, :, : cache.used].clone()
+
+    def speculate(
+        self,
+        propose: Propose,
+        block: int,
+        settings: SamplingSettings,
+        rows: int = 1,
+        generator: torch.Generator | None = None,
+        closing: int | None = CLOSING,
+    ) -> Speculated:
+        rule = DraftRule(propose, LAYERS, block, len(self.states), closing)
+        return speculative.decode(
+            self.model, self.clear(), self.logits, self.states, rows, rule, settings, RULE, generator
+        )
+
+
+def accepted(text: list[int], done: int, guesses: list[int]) -> int:
+    """How many guesses behind `done` tokens are right; behind the closing token the stop token is guessed."""
+    previous, count = [text[done - 1], *guesses], 0
+    for before, guess, token in zip(previous, guesses, text[done:], strict=False):
+        if (STOP if before == CLOSING else guess) != token:
+            break
+        count += 1
+    return count
+
+
+def guesser(text: list[int], block: int, right: Callable[[], bool], log: list) -> Propose:
+    """Guesses the text's next tokens, each only where `right` says so; logs (tokens so far, guesses)."""
+
+    def propose(known: Tensor, states: Tensor) -> Tensor:
+        assert bool(states.isfinite().all())
+        done = 1
+        if log:
+            done = log[-1][0] + accepted(text, *log[-1]) + 1
+        assert known.tolist() == [text[done - 1]]
+        nexts = [*text[done : done + block - 1], *[WORDS[0]] * block][: block - 1]
+        guesses = [token if right() else WORDS[(token + 1) % len(WORDS)] for token in nexts]
+        log.append((done, guesses))
+        return torch.tensor([guesses])
+
+    return propose
+
+
+def random_drafter(block: int, context_length: int, seed: int) -> Drafter:
+    drafter = Drafter(DrafterConfig(CONFIG.text, LAYERS, block, context_length, 5000))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in (*drafter.parameters(), drafter.mask_embedding):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return drafter.requires_grad_(False)
+
+
+def way_to_end(text: list[int], log: list, block: int) -> str:
+    """How a text came to its end, from the last guesses."""
+    kind = {STOP: "stop", END: "end of turn"}.get(text[-1], "length limit")
+    if not log:
+        return f"{kind} as first token"
+    done, guesses = log[-1]
+    count = accepted(text, done, guesses)
+    if done + count >= len(text):
+        return f"{kind} inside a block"
+    return f"{kind} as bonus after a {'full' if count == block - 1 else 'partial'} block"
+
+
+def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
+    """Thousands of texts, with drafters that are always right, never, sometimes, and random networks."""
+    draw, ways, cases = random.Random(0), Counter(), 0
+    for seed in range(70):
+        model = talking_model(seed, draw.choice([0.5, 0.8, 1.0, 1.3]))
+        for _ in range(2):
+            block, context_length = draw.randint(2, 8), draw.randint(1, 4)
+            prompted = Prompted(model, draw.randrange(9999), 1, 16, block, context_length)
+            network = random_drafter(block, context_length, seed)
+            for max_length in draw.sample(range(1, 17), 3):
+                greedy = SamplingSettings(temperature=0, max_length=max_length)
+                expected = prompted.plain(greedy)
+                text, used = expected.rows()[0], prompted.context.cache.used
+                keys, values = prompted.text_slots()
+                drafters = {
+                    "right": lambda: True,
+                    "wrong": lambda: False,
+                    "mixed": lambda: draw.random() < 0.7,
+                    "often right": lambda: draw.random() < 0.9,
+                    "network": None,
+                }
+                for name, right in drafters.items():
+                    log: list[tuple[int, list[int]]] = []
+                    if right is None:
+                        propose = lambda known, states: network.propose(model.language, known, states, None)  # noqa: E731, B023
+                    else:
+                        propose = guesser(text, block, right, log)
+                    found = prompted.speculate(propose, block, greedy)
+                    assert found.text.rows() == [text], (seed, name)
+                    assert (found.text.lengths, found.text.stopped) == (expected.lengths, expected.stopped)
+                    assert prompted.context.cache.used == used
+                    assert found.owners.tolist() == [0] * (used - prompted.context.prefix)
+                    found_keys, found_values = prompted.text_slots()
+                    torch.testing.assert_close(found_keys, keys, **CLOSE)
+                    torch.testing.assert_close(found_values, values, **CLOSE)
+                    if right is not None:
+                        assert found.rounds == len(log)
+                        ways[way_to_end(text, log, block)] += 1
+                    if name == "right" and CLOSING not in text:
+                        assert found.rounds == -(-(len(text) - 1) // block)
+                    if name == "wrong" and CLOSING not in text:
+                        assert found.rounds == len(text) - 1
+                    cases += 1
+    assert cases >= 2000
+    for kind in ("stop", "end of turn", "length limit"):
+        for place in ("inside a block", "as bonus after a full block", "as bonus after a partial block"):
+            assert ways[f"{kind} {place}"] >= 5, ways
+        assert ways[f"{kind} as first token"] >= 5, ways
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.integers(1, 3), block=st.integers(2, 6), seed=st.integers(0, 9999), chance=st.floats(0, 1))
+def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chance):
+    """Rows lie behind each other; each row's velocity is that of its text decoded alone."""
+    model, draw = talking_model(seed), random.Random(seed)
+    prompted = Prompted(model, seed, rows, 10, block, 2)
+    sampling = SamplingSettings(temperature=1.5, max_length=10)
+    generator = torch.Generator().manual_seed(seed)
+    random_guesses = lambda known, states: torch.tensor(  # noqa: E731
+        [[draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)] for _ in known]
+    )
+    found = prompted.speculate(random_guesses, block, sampling, rows, generator)
+    x = torch.randn(rows, 5, 2, generator=generator)
+    t = torch.tensor(0.4)
+    together = inference.velocity_field(model, prompted.context, found.text, owners=found.owners)(x, t)
+    assert bool(together.isfinite().all())
+    for row, script in enumerate(found.text.rows()):
+        alone = inference.decode(
+            model, prompted.clear(), prompted.logits, 1, sampling, RULE, script=torch.tensor([script])
+        )
+        assert alone.rows() == [script]
+        expected = inference.velocity_field(model, prompted.context, alone)(x[row : row + 1], t)
+        torch.testing.assert_close(together[row : row + 1], expected, **CLOSE)
+
+
+def exact_probabilities(prompted: Prompted, settings: SamplingSettings) -> dict[tuple[int, ...], float]:
+    """Every text that can be drawn and its probability, token by token with the plain model."""
+    texts: dict[tuple[int, ...], float] = {}
+
+    def follow(text: tuple[int, ...], probability: float) -> None:
+        if text and (text[-1] in (STOP, END) or len(text) == settings.max_length):
+            texts[text] = probability
+            return
+        context, logits = prompted.clear(), prompted.logits
+        for i, token in enumerate(text):
+            position = torch.full((3, 1), context.prefix + i + context.rope_delta)
+            hidden = prompted.model.language(torch.tensor([token]), position, context.cache)
+            logits = prompted.model.language.logits(hidden)
+        forbidden = speculative.forbidden_bias(prompted.model, RULE)
+        chances = filter_logits(logits + forbidden, settings).softmax(dim=-1)[0]
+        for token in chances.nonzero()[:, 0].tolist():
+            follow((*text, token), probability * float(chances[token]))
+
+    follow((), 1.0)
+    return texts
+
+
+@pytest.mark.parametrize(("drafter", "rows"), [("likely", 1), ("unlikely", 1), ("likely", 3)])
+def test_sampled_texts_have_the_models_distribution(drafter, rows):
+    """Chi-square of 700 texts against exact probabilities; the drafter always guesses the same."""
+    model = talking_model(5, ends=1.0)
+    sampling = SamplingSettings(temperature=1.3, top_p=0.95, top_k=3, max_length=3)
+    prompted = Prompted(model, 3, rows, 3, 3, 1)
+    exact = exact_probabilities(prompted, sampling)
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
+    assert len(exact) >= 10
+    ranked = sorted(exact, key=lambda text: exact[text])
+    text = list(ranked[-1] if drafter == "likely" else ranked[0])
+
+    def propose(known: Tensor, states: Tensor) -> Tensor:
+        done = [text.index(token) + 1 if token in text else len(text) for token in known.tolist()]
+        return torch.tensor([[*text[n:], 10, 10][:2] for n in done])
+
+    generator, runs, counts = torch.Generator().manual_seed(7), 700, Counter()
+    while counts.total() < runs:
+        found = prompted.speculate(propose, 3, sampling, rows, generator)
+        counts.update(tuple(row) for row in found.text.rows())
+    assert counts.keys() <= exact.keys()
+    expected = {key: counts.total() * p for key, p in exact.items()}
+    # Rare texts share one class.
+    rare = [key for key, n in expected.items() if n < 8]
+    classes = [(counts[key], n) for key, n in expected.items() if n >= 8]
+    if rare:
+        classes.append((sum(counts[key] for key in rare), sum(expected[key] for key in rare)))
+    freedom = len(classes) - 1
+    statistic = sum((seen - n) ** 2 / n for seen, n in classes)
+    assert freedom >= 5
+    # Normal approximation of chi-square (Wilson-Hilferty), four standard deviations.
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert z < 4, (statistic, freedom)
+
+
+def test_a_small_cache_is_refused_before_anything_is_decoded():
+    prompted = Prompted(talking_model(0), 0, 1, 4, 3, 1)
+    with pytest.raises(ValueError, match=r"the cache has \d+ slots, \d+ are needed"):
+        prompted.speculate(lambda known, states: known.repeat(1, 2), 3, SamplingSettings(temperature=0, max_length=40))

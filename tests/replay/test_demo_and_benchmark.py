@@ -1,0 +1,60 @@
+"""The two commands that run the whole node on made-up input."""
+
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+
+from flashdrive_node.evaluation.demo_model import small_alpamayo, write_random_checkpoint
+from flashdrive_node.evaluation.replay_report import FAKE_ENGINE, RANDOM_WEIGHTS, read_outputs
+from flashdrive_node.model.presets import alpamayo_1_5_10b
+from flashdrive_node.runtime.bag import open_bag
+from support.commands import run
+
+CLI = "flashdrive_node.cli.main"
+
+
+@pytest.mark.ros
+def test_demo_leaves_video_bag_and_honest_reports(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    said = run(tmp_path, CLI, "demo", "--out", out, "--seconds", 3, "--model-seconds", 1.8, "--quiet", timeout_s=200.0)
+    assert said.returncode == 0, said.stdout + said.stderr
+    for name in ("demo.mp4", "summary.png", "stand_in/report.html", "model/report.html", "drive"):
+        assert str(out / name) in said.stdout
+        assert (out / name).exists()
+    stand_in, model = (json.loads((out / name / "report.json").read_text()) for name in ("stand_in", "model"))
+    assert (stand_in["notes"], model["notes"]) == ([FAKE_ENGINE], [RANDOM_WEIGHTS])
+    assert model["engine"]["name"] == "plain alpamayo1_5"
+    assert len(model["engine"]["sha256"]) == 64
+    assert stand_in["published"] >= 4
+    assert model["published"] >= 1
+    assert len(read_outputs(out / "model" / "outputs").records) == model["published"]
+    with open_bag(out / "stand_in" / "outputs") as reader:
+        assert "/flashdrive_node/output/trajectory" in reader.topics
+    video = cv2.VideoCapture(str(out / "demo.mp4"))
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == stand_in["published"]
+
+
+def test_random_model_is_the_release_in_everything_but_width(tmp_path: Path) -> None:
+    small, release = small_alpamayo(), alpamayo_1_5_10b()
+    for name in ("tokens", "action_space", "flow", "history_tokenizer", "min_pixels", "max_pixels"):
+        assert getattr(small, name) == getattr(release, name)
+    first, second = write_random_checkpoint(tmp_path / "a"), write_random_checkpoint(tmp_path / "b")
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert [(first / f).read_bytes() == (second / f).read_bytes() for f in files] == [True] * len(files)
+
+
+@pytest.mark.ros
+def test_overhead_benchmark_measures_every_burst(tmp_path: Path) -> None:
+    arguments = ("--seconds", 2, "--width", 320, "--height", 180, "--engine-latency", 0.01)
+    said = run(tmp_path, CLI, "benchmark-node", *arguments, "--json", tmp_path / "figures.json")
+    assert said.returncode == 0, said.stdout + said.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 10 <= figures["windows"] <= figures["possible"] + 2
+    assert figures["received_share"] == pytest.approx(1.0, abs=0.02)
+    for name in ("input_to_engine_ms", "engine_to_published_ms"):
+        assert 0.0 < figures[name]["p50"] <= figures[name]["p95"] <= figures[name]["max"]
+    assert 0.0 < figures["node_cpu_percent"] < 200.0
+    for text in ("320x180 JPEG", "newest image received -> engine start", "engine end -> trajectory published"):
+        assert text in said.stdout
