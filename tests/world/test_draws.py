@@ -84,4 +84,4 @@ def test_scenes_are_the_recorded_ones() -> None:
 
 
 #: Of the first 64 test scenes. It changes when scenes change: with them every trained model and recorded score.
-GOLDEN_SCENES = "ea9a94583a679014"
+GOLDEN_SCENES = "940c05968c57006c"

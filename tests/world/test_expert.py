@@ -122,7 +122,7 @@ def test_driving_blindly_goes_wrong_in_every_way() -> None:
     """The checks that the expert passes fail for somebody who keeps the speed and the heading."""
     scene = sample_scenes(scene_keys("test", np.arange(190)))
     state, wrong = first_state(scene), no_faults(scene)
-    for _ in range(160):
+    for _ in range(220):
         after, _ = advance(scene, state, torch.zeros(len(scene), 2, dtype=torch.float64))
         wrong = Faults(*(a | b for a, b in zip(wrong, faults(scene, state, after), strict=True)))
         state = after

@@ -103,7 +103,7 @@ class Choices:
         self.stop_line = np.where(halting, self.event, np.where(self.turning, self.event - 1.0, NOWHERE_M))
         self.crosswalk = np.where(zebra, self.event + STOP_BEFORE_CROSSWALK_M + 0.5 * CROSSWALK_M, NOWHERE_M)
         self.bump = np.where(self.picks(Scenario.SPEED_BUMP), self.event, nowhere)
-        self.merge = np.where(self.picks(Scenario.MERGE), self.event + 60.0, nowhere)
+        self.merge = np.where(self.picks(Scenario.MERGE), self.event + 95.0, nowhere)
         control = np.where(lit, int(Control.LIGHT), np.where(self.picks(Scenario.STOP_SIGN), int(Control.STOP_SIGN), 0))
         self.control = control
         arrival = self.event / np.maximum(self.start, 1.0)

@@ -29,7 +29,7 @@ def follow(
     accel: float = 1.6,
     brake: float = 2.2,
 ) -> Tensor:
-    """Acceleration of the intelligent-driver model for one vehicle ahead, without its free-road term.
+    """Acceleration of the intelligent-driver model for one vehicle ahead, without its free-road term, and with calm.
 
     Args:
         gap_m: Bumper to bumper.
@@ -39,7 +39,10 @@ def follow(
     """
     dynamic = speed * headway_s + speed * closing / (2 * (accel * brake) ** 0.5)
     wanted = standing_m + dynamic.clamp(min=0)
-    return accel * (1 - (wanted / gap_m.clamp(min=0.3)) ** 2)
+    pull = accel * (1 - (wanted / gap_m.clamp(min=0.3)) ** 2)
+    # The plain model brakes for all it is worth when somebody moves in close ahead; what is needed is little.
+    needed = closing.clamp(min=0) ** 2 / (2 * (gap_m - 1.5).clamp(min=0.3))
+    return torch.maximum(pull, -(2.4 + 2.0 * needed))
 
 
 def halt(gap_m: Tensor, speed: Tensor) -> Tensor:
