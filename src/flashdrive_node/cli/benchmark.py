@@ -6,18 +6,16 @@ import argparse
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flashdrive_node.engine.plain import PlainEngine, PlainSettings
-from flashdrive_node.evaluation.benchmark import (
-    Report,
-    conditions,
-    markdown,
-    measure,
-    measure_load,
-    random_observations,
-)
+from flashdrive_node.engine.flow_schedule import FlowSchedule
+from flashdrive_node.engine.plain import PlainEngine
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.engine.streaming import StreamingEngine
+from flashdrive_node.evaluation.benchmark import RandomDrive, Report, conditions, markdown, measure, measure_load
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint import CheckpointInfo
 from flashdrive_node.model.checkpoint_writer import random_checkpoint, random_weights
@@ -39,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load-from", type=Path, metavar="DIR", help="with --dims: write a random sharded checkpoint there and load it"
     )
+    parser.add_argument("--engine", choices=("plain", "streaming"), default="plain", help="default: plain")
+    parser.add_argument(
+        "--stream-mode", choices=("full", "features", "kv"), default="kv", help="streaming: what is kept (default: kv)"
+    )
+    parser.add_argument("--flow-schedule", help="streaming: flow steps to evaluate, such as 8:0,1,2,7 (default: all)")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 6], help="trajectories per window (default: 1 6)")
     parser.add_argument("--tokens", type=int, default=16, help="generated tokens, stop token included (default: 16)")
     parser.add_argument("--runs", type=int, default=20, help="measured windows per configuration (default: 20)")
@@ -59,18 +62,7 @@ def run(args: argparse.Namespace) -> int:
         height, width = (int(side) for side in args.image_size.split("x"))
     except ValueError:
         raise InputError(f"--image-size must be HEIGHTxWIDTH, found {args.image_size!r}") from None
-    image_size = (height, width)
-    settings = [
-        PlainSettings(
-            checkpoint=str(args.checkpoint or args.load_from or args.dims),
-            device=args.device,
-            precision=args.precision,
-            samples=samples,
-            sampling=SamplingSettings(max_length=args.tokens + 1),
-            image_size=image_size,
-        )
-        for samples in args.samples
-    ]
+    settings = [engine_settings(args, samples, (height, width)) for samples in args.samples]
     first = PlainEngine(settings[0])
     load: dict[str, float] = {}
     if args.dims and not args.load_from:
@@ -84,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
         load = measure_load(first)
     assert first.loaded is not None
     model = first.loaded.model
-    observations = random_observations(model.config, 2, image_size, settings[0].cameras, settings[0].frames)
+    drive = RandomDrive(model.config, (height, width), settings[0].cameras, settings[0].frames)
     measurements = []
     for each in settings:
-        engine = PlainEngine(each, first.loaded)
-        measurements.append(measure(engine, observations, args.tokens, args.warm_up, args.runs))
-        engine.cache = None
-    report = Report(conditions(model, image_size, args.dims is not None), measurements, load)
+        engine = make_engine(each, first.loaded)
+        measurements.append(measure(engine, drive, args.tokens, args.warm_up, args.runs))
+        engine.close()
+    name = args.engine if args.engine == "plain" else f"streaming, mode {args.stream_mode}"
+    if args.flow_schedule:
+        name += f", flow schedule {args.flow_schedule}"
+    report = Report(conditions(name, model, (height, width), args.dims is not None), measurements, load)
     print(markdown(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -98,6 +93,31 @@ def run(args: argparse.Namespace) -> int:
         (args.out / "benchmark.md").write_text(markdown(report) + "\n")
         print(f"written to {args.out}")
     return 0
+
+
+def engine_settings(args: argparse.Namespace, samples: int, image_size: tuple[int, int]) -> PlainSettings:
+    """Settings of one configuration."""
+    common: dict[str, Any] = {
+        "checkpoint": str(args.checkpoint or args.load_from or args.dims),
+        "device": args.device,
+        "precision": args.precision,
+        "samples": samples,
+        "sampling": SamplingSettings(max_length=args.tokens + 1),
+        "image_size": image_size,
+    }
+    if args.engine == "plain":
+        if args.flow_schedule:
+            raise InputError("--flow-schedule needs --engine streaming")
+        return PlainSettings(**common)
+    schedule = FlowSchedule.parse(args.flow_schedule) if args.flow_schedule else None
+    return StreamingSettings(stream=StreamSettings(mode=args.stream_mode), schedule=schedule, **common)
+
+
+def make_engine(settings: PlainSettings, loaded: LoadedModel) -> PlainEngine:
+    """The engine that the settings are of."""
+    if isinstance(settings, StreamingSettings):
+        return StreamingEngine(settings, loaded)
+    return PlainEngine(settings, loaded)
 
 
 def random_model(config: AlpamayoConfig, settings: PlainSettings) -> LoadedModel:

@@ -61,11 +61,12 @@ class Report:
         return asdict(self)
 
 
-def conditions(model: Alpamayo, image_size: tuple[int, int], random_weights: bool) -> dict[str, str]:
+def conditions(engine: str, model: Alpamayo, image_size: tuple[int, int], random_weights: bool) -> dict[str, str]:
     """What a latency depends on: machine, versions, precision, sizes."""
     on_gpu = model.device.type == "cuda"
     parameters = sum(p.numel() for p in model.parameters())
     return {
+        "engine": engine,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -77,31 +78,43 @@ def conditions(model: Alpamayo, image_size: tuple[int, int], random_weights: boo
     }
 
 
-def random_observations(
-    config: AlpamayoConfig, count: int, image_size: tuple[int, int], cameras: Sequence[int], frames: int, seed: int = 0
-) -> list[Observation]:
-    """Windows of random pixels (zeros would run faster than pictures do) and a drive at 10 m/s."""
-    rng = np.random.default_rng(seed)
-    poses = config.history_poses
-    xyz = np.zeros((poses, 3), np.float32)
-    xyz[:, 0] = np.arange(1 - poses, 1) * config.action_space.dt * 10
-    rot = np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1))
+class RandomDrive:
+    """Endless windows of a straight drive at 10 m/s, one new frame per camera in each.
 
-    def camera(index: int) -> CameraFrames:
-        pictures = tuple(rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(frames))
-        return CameraFrames(index, tuple(range(frames)), pictures)
+    Pixels are random (zeros would run faster than pictures do), from a small pool that is gone through in turn.
+    """
 
-    return [Observation(i, i * 100_000_000, tuple(camera(c) for c in cameras), xyz, rot) for i in range(count)]
+    def __init__(
+        self, config: AlpamayoConfig, image_size: tuple[int, int], cameras: Sequence[int], frames: int, seed: int = 0
+    ):
+        rng = np.random.default_rng(seed)
+        self.frames = frames
+        self.pictures = {
+            camera: [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(frames + 1)]
+            for camera in cameras
+        }
+        poses = config.history_poses
+        self.xyz = np.zeros((poses, 3), np.float32)
+        self.xyz[:, 0] = np.arange(1 - poses, 1) * config.action_space.dt * 10
+        self.rot = np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1))
+
+    def window(self, index: int) -> Observation:
+        """Window number `index`; frames are 0.1 s apart."""
+        numbers = range(index, index + self.frames)
+        stamps_ns = tuple(n * 100_000_000 for n in numbers)
+        cameras = tuple(
+            CameraFrames(camera, stamps_ns, tuple(pool[n % len(pool)] for n in numbers))
+            for camera, pool in self.pictures.items()
+        )
+        return Observation(index, stamps_ns[-1], cameras, self.xyz, self.rot)
 
 
-def measure(
-    engine: PlainEngine, observations: Sequence[Observation], tokens: int, warm_up: int, runs: int
-) -> Measurement:
+def measure(engine: PlainEngine, drive: RandomDrive, tokens: int, warm_up: int, runs: int) -> Measurement:
     """Time `runs` windows behind `warm_up` unmeasured ones, with texts of a fixed length.
 
     Args:
         engine: Loaded.
-        observations: Taken in turn.
+        drive: Gives the windows.
         tokens: Generated tokens per sample, the stop token included. Tokens are drawn as always and then replaced, so
             drawing them is part of the time.
         warm_up: Windows that are not counted.
@@ -120,7 +133,7 @@ def measure(
         if i == warm_up and on_gpu:
             torch.cuda.synchronize(model.device)
             torch.cuda.reset_peak_memory_stats(model.device)
-        prediction = engine.step(observations[i % len(observations)])
+        prediction = engine.step(drive.window(i))
         if i >= warm_up:
             for stage, ms in prediction.timings_ms.items():
                 times.setdefault(stage, []).append(ms)
