@@ -117,7 +117,7 @@ class Session:
         if sends_images:
             profile = share_directory() / "params" / DDS_PROFILE
             environment.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
-        # A session of its own: Ctrl-C at the terminal reaches this program alone, which ends its children in order.
+        # Apart from the terminal: Ctrl-C reaches this program alone, which ends its children in order.
         with contextlib.ExitStack() as stack:
             out: Any = subprocess.PIPE if log is None else stack.enter_context(log.open("ab"))
             child = subprocess.Popen(
