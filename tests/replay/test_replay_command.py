@@ -222,4 +222,6 @@ def test_engine_is_chosen_from_what_is_given() -> None:
     assert chosen("--checkpoint", "12") == {"engine": "plain", "checkpoint": "12"}
     assert chosen("--params", "node.yaml") == {}
     assert chosen("--params", "node.yaml", "--engine", "fake") == {"engine": "fake"}
+    assert chosen("--set", "engine=streaming") == {"engine": "streaming"}
+    assert chosen("--set", "engine=streaming", "--engine", "fake") == {"engine": "fake"}
     assert chosen("--set", "seed=3", "--set", "device=cpu") == {"engine": "fake", "seed": 3, "device": "cpu"}

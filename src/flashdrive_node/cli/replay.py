@@ -93,9 +93,10 @@ def node_parameters(args: argparse.Namespace) -> dict[str, object]:
         values[name] = yaml.safe_load(value)
     if args.checkpoint is not None:
         values["checkpoint"] = args.checkpoint
-    engine = args.engine or ("plain" if args.checkpoint else None)
-    if engine is None and args.params is None:
-        engine = "fake"
-    if engine is not None:
-        values["engine"] = engine
+    if args.engine is not None:
+        values["engine"] = args.engine
+    elif "engine" not in values and args.checkpoint is not None:
+        values["engine"] = "plain"
+    elif "engine" not in values and args.params is None:
+        values["engine"] = "fake"
     return values
