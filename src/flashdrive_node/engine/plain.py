@@ -199,10 +199,10 @@ class PlainEngine:
             velocity = guided(velocity, inference.velocity_field(model, second, text), s.guidance_weight)
             timer.lap("guidance")
         noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
-        # A 16 x 16 system: on the host it is done while the device works, on a GPU it would wait for the device.
+        action, error = self._flow(velocity, noise)
+        # A 16 x 16 system: the host solves it while the device works, a GPU's solver would wait for the device.
         history_xyz, history_rot = ego_history(observation)
         v0 = model.action_space.initial_speed(history_xyz, history_rot)
-        action, error = self._flow(velocity, noise)
         speed = v0.to(device, non_blocking=True).expand(s.samples)
         path = model.action_space.to_path(action, speed, float(history_xyz[-1, 2]))
         timer.lap("action")

@@ -11,7 +11,6 @@ from threading import RLock
 
 from flashdrive_node.engine.protocol import Engine
 from flashdrive_node.runtime.assembly import build_observation
-from flashdrive_node.runtime.checks import Violation, check_prediction
 from flashdrive_node.runtime.decode_pool import DecodePool
 from flashdrive_node.runtime.delivery import Delivery
 from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
@@ -78,7 +77,6 @@ class Pipeline:
         self._sizes: dict[int, tuple[int, int]] = {}
         self._nav_text: str | None = None
         self._active = False
-        self._closed = False
         self._epoch = 0
         self._decoding: _Claim | None = None
         self._claims: dict[int, _Claim] = {}
@@ -167,13 +165,6 @@ class Pipeline:
             self._ring.reset()
             self._reset_stream(reason, text)
 
-    def check(self, delivery: Delivery, now_ns: int) -> list[Violation]:
-        """Violations of a delivery's prediction at publication time."""
-        if delivery.prediction is None:
-            raise ValueError(f"window {delivery.window_id} has no prediction to check: {delivery.text}")
-        age_s = (now_ns - delivery.t0_ns) / 1e9
-        return check_prediction(delivery.prediction, age_s, self.settings.checks, delivery.ego.speed_twist)
-
     def status(self) -> PipelineStatus:
         """Snapshot for diagnostics."""
         accounts, rates = self._ring.accounts(), self._ring.rates_hz()
@@ -210,7 +201,6 @@ class Pipeline:
         """End all threads; False where the engine's thread did not end in time."""
         with self._lock:
             self._active = False
-            self._closed = True
             self._epoch += 1
         self._pool.close()
         return self.worker.close(timeout_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashdrive_node.runtime.checks import CheckRule
 from flashdrive_node.runtime.ego_history import EgoRule
 from flashdrive_node.runtime.ring_buffer import WindowRule
 
@@ -15,7 +14,6 @@ class PipelineSettings:
 
     window: WindowRule = field(default_factory=WindowRule)
     ego: EgoRule = field(default_factory=EgoRule)
-    checks: CheckRule = field(default_factory=CheckRule)
     decode_threads: int = 2
     #: Largest image that is decoded, pixels.
     max_pixels: int = 4096 * 4096
