@@ -10,7 +10,7 @@ older window; only image tokens are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.rotary import KeptKeys
 from flashdrive_node.engine.slot_pass import run_at_slots
-from flashdrive_node.engine.window_plan import Mode, RowPlan, WindowPlan, match_frames, plan_window
-from flashdrive_node.model import inference
+from flashdrive_node.engine.speculative import Tapped, Taps
+from flashdrive_node.engine.window_plan import Mode, WindowPlan, match_frames, plan_window
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.attention import attend, attend_causal, group_mask
-from flashdrive_node.model.decoder import Observe
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
@@ -56,11 +57,21 @@ class Stream:
     ``reset``. Buffers are allocated for the first window, and again only for one that needs more room.
     """
 
-    def __init__(self, model: Alpamayo, settings: StreamSettings, room: int):
-        """`room` is the number of cache slots behind the prompt, for texts and waypoints."""
+    def __init__(self, model: Alpamayo, settings: StreamSettings, room: int, graphs: Graphs | None = None, tapped: Tapped | None = None):
+        """Make a stream that has seen nothing.
+
+        Args:
+            model: The network; streams share it.
+            settings: What is kept.
+            room: Cache slots behind the prompt, for texts and waypoints.
+            graphs: Of this stream alone; by default nothing is captured.
+            tapped: What is kept of the prompt's last tokens for a drafter.
+        """
         self.model = model
         self.settings = settings
         self.room = room
+        self.graphs = graphs or Graphs(model.device, enabled=False)
+        self.tapped = tapped or Tapped((), 0)
         self.cache: KVCache | None = None
         #: Windows since the last reset.
         self.windows = 0
@@ -68,6 +79,13 @@ class Stream:
         # [layers, kv_heads, tokens, head_dim].
         self._features: Tensor | None = None
         self._keys: Tensor | None = None
+        # Where a prefill finds its input and leaves its output: ids [slots], logits [1, vocabulary].
+        self._ids: Tensor | None = None
+        self._logits: Tensor | None = None
+        #: Of `tapped`, for the last window: [tokens, layers * hidden].
+        self.states: Tensor | None = None
+        # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
+        self._placed: dict[Hashable, tuple[WindowPlan, WindowPlan]] = {}
         # Layout and stamps of the last window, or None where nothing may be kept.
         self._images: tuple[object, ...] = ()
         self._stamps: tuple[tuple[int, ...], ...] | None = None
@@ -108,7 +126,6 @@ class Stream:
         ids: Tensor,
         stamps: Sequence[Sequence[int]],
         features: VisionFeatures | None,
-        observe: Observe | None = None,
     ) -> tuple[Context, Tensor]:
         """Bring the stream to the window.
 
@@ -117,39 +134,59 @@ class Stream:
             ids: The prompt's ids with history filled in, on the model's device, int64 [T].
             stamps: As in `plan`.
             features: Of the images that the plan names, in order; None where it names none.
-            observe: See `run_layers`; layer outputs are of the computed tokens, the prompt's last ones at the end.
 
         Returns:
-            The context and the logits of the first generated token, float32 [1, vocabulary].
+            The context, and the logits of the first generated token, float32 [1, vocabulary]: the same tensor each time.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
         cache = self._room_for(plan)
-        self._move(plan, cache)
-        everything = self._take_features(plan, features)
-
-        def keep_keys(name: str, value: Tensor) -> None:
-            if self._keys is not None and name.startswith("k_pre_rope."):
-                layer = int(name.removeprefix("k_pre_rope."))
-                rows, tokens = plan.image_index, slice(0, len(plan.image_index))
-                if plan.rows is not None:
-                    rows, tokens = plan.rows.image_rows, plan.rows.image_tokens  # type: ignore[assignment]
-                self._keys[layer][:, tokens] = value.index_select(0, rows).transpose(0, 1)
-            if observe is not None:
-                observe(name, value)
-
-        seen = keep_keys if self._keys is not None else observe
+        assert self._ids is not None
+        assert self._logits is not None
+        self._take_features(plan, features)
         prompt = plan.prompt
-        if plan.rows is None:
-            context, logits = inference.prefill(
-                self.model, ids, plan.positions, prompt.rope_delta, cache, everything, plan.image_index, seen
-            )
-        else:
-            last = run_rows(self.model, plan, plan.rows, ids, cache, everything, seen)
-            cache.used = len(ids)
-            context, logits = Context(cache, len(ids), prompt.rope_delta), self.model.language.logits(last)
+        self._ids[: len(ids)].copy_(ids, non_blocking=True)
+        if self.graphs.enabled:
+            plan = self._place(plan)
+        self.graphs.run((self, plan.structure), lambda: self._compute(plan))
+        cache.used = len(ids)
         self._images, self._stamps = prompt.images, tuple(tuple(s) for s in stamps)
         self.windows += 1
-        return context, logits
+        return Context(cache, len(ids), prompt.rope_delta), self._logits
+
+    def _place(self, plan: WindowPlan) -> WindowPlan:
+        """The plan in tensors that are the same ones for all plans of its structure."""
+        structure = plan.structure
+        if structure not in self._placed:
+            self._placed[structure] = plan.clone(), plan
+        placed, filled_from = self._placed[structure]
+        if filled_from is not plan:
+            for target, source in zip(placed.tensors, plan.tensors, strict=True):
+                target.copy_(source)
+            self._placed[structure] = placed, plan
+        return placed
+
+    def _compute(self, plan: WindowPlan) -> None:
+        """Age what is kept, and run the window's tokens: everything of a prefill that the device does."""
+        cache, keys, rows = self.cache, self._keys, plan.rows
+        assert cache is not None
+        assert self._ids is not None
+        assert self._features is not None
+        assert self._logits is not None
+        self._move(plan, cache)
+        taps = Taps(self.tapped)
+        embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
+        last = run_rows(
+            self.model,
+            plan,
+            self._ids[: plan.positions.shape[1]],
+            cache,
+            VisionFeatures(embeds, deepstack),
+            None if keys is None else lambda layer: KeptKeys(keys[layer], rows.places),
+            taps,
+        )
+        self._logits.copy_(self.model.language.logits(last))
+        if self.states is not None:
+            self.states.copy_(taps.states())
 
     def _room_for(self, plan: WindowPlan) -> KVCache:
         prompt, tokens = plan.prompt, len(plan.image_index)
@@ -157,25 +194,37 @@ class Stream:
         if self.model.config.supports_navigation:  # text may come, go and grow without a larger cache
             nav = prompt.nav_span
             needed += MAX_NAV_TOKENS + 2 - (nav[1] - nav[0] if nav else 0)
-        c, device, dtype = self.model.config.text, self.model.device, self.model.dtype
-        if self.cache is None or self.cache.slots < needed:
-            self.cache = None  # freed before the larger one is allocated
-            self.cache = KVCache(c, needed, device, dtype)
-        if self.settings.mode != "full" and (self._features is None or self._features.shape[1] < tokens):
-            levels = 1 + len(self.model.vision.deepstack_mergers)
-            self._features = torch.empty(levels, tokens, c.hidden_size, device=device, dtype=dtype)
-        if self.settings.mode == "kv" and (self._keys is None or self._keys.shape[2] < tokens):
-            shape = (c.num_layers, c.num_kv_heads, tokens, c.head_dim)
-            self._keys = torch.empty(shape, device=device, dtype=dtype)
+        if self.cache is None or self.cache.slots < needed or self._features is None:
+            self._allocate(needed, tokens)
+        elif self._features.shape[1] < tokens:
+            self._allocate(needed, tokens)
+        assert self.cache is not None
         return self.cache
 
+    def _allocate(self, slots: int, tokens: int) -> None:
+        """Buffers for so many cache slots and image tokens, and none smaller than they were."""
+        c, device, dtype = self.model.config.text, self.model.device, self.model.dtype
+        if self.cache is not None and self._features is not None:
+            slots, tokens = max(slots, self.cache.slots), max(tokens, self._features.shape[1])
+        self.graphs.clear()
+        self._placed.clear()
+        self.cache = self._features = self._keys = None  # freed before the larger ones are allocated
+        self.cache = KVCache(c, slots, device, dtype)
+        levels = 1 + len(self.model.vision.deepstack_mergers)
+        self._features = torch.empty(levels, tokens, c.hidden_size, device=device, dtype=dtype)
+        if self.settings.mode == "kv":
+            # One place more, for rows that hold no image token.
+            shape = (c.num_layers, c.num_kv_heads, tokens + 1, c.head_dim)
+            self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device)
+        if self.tapped.layer_ids:
+            width = len(self.tapped.layer_ids) * c.hidden_size
+            self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
+
     def _move(self, plan: WindowPlan, cache: KVCache) -> None:
-        """Put what is kept of frames that became older into its new place."""
-        if not len(plan.move_to):
-            return
-        if self._features is not None:
-            self._features[:, plan.move_to] = self._features[:, plan.move_from]
-        if self._keys is None:
+        """Put keys and values of frames that became older into their new place."""
+        if not len(plan.move_to) or self._keys is None:
             return
         keys = self._keys[:, :, plan.move_from]
         self._keys[:, :, plan.move_to] = keys
@@ -186,42 +235,40 @@ class Stream:
         cache.keys[:, :, target] = turned.unflatten(1, (layers, heads)).permute(1, 2, 0, 3)
         cache.values[:, :, target] = cache.values[:, :, source]
 
-    def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> VisionFeatures:
-        """Features of all images, with the new ones among them."""
-        if self._features is None:
-            assert features is not None
-            return features
+    def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
+        """Put the features of new images among those that are kept."""
+        assert self._features is not None
+        if len(plan.move_to):
+            self._features[:, plan.move_to] = self._features[:, plan.move_from]
         if features is not None:
             for level, new in enumerate((features.embeds, *features.deepstack)):
                 self._features[level].index_copy_(0, plan.encode_tokens, new)
-        embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
-        return VisionFeatures(embeds, deepstack)
 
 
 def run_rows(
     model: Alpamayo,
     plan: WindowPlan,
-    rows: RowPlan,
     ids: Tensor,
     cache: KVCache,
     features: VisionFeatures,
-    observe: Observe | None = None,
+    kept: Callable[[int], KeptKeys] | None = None,
+    taps: Taps | None = None,
 ) -> Tensor:
     """Compute some tokens of a prompt, while the cache holds the others.
 
     Args:
         model: The network.
-        plan: The window.
-        rows: The tokens.
+        plan: The window, and which of its tokens.
         ids: Of the whole prompt, int64 [T].
-        cache: Slots of the prompt, of which those of `rows` are written.
+        cache: Slots of the prompt, of which those of the plan's rows are written.
         features: Of all images.
-        observe: As in `run_layers`, of the computed tokens.
+        kept: See `run_at_slots`.
+        taps: Shown the outputs of the layers.
 
     Returns:
         Hidden state of the prompt's last token behind the final norm, [1, hidden].
     """
-    language, config = model.language, model.config.text
+    language, config, rows = model.language, model.config.text, plan.rows
     x = embedding(ids[rows.slots], language.embed_tokens.weight)
     x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
     mask = group_mask(rows.text_mask, config.group_size, x.dtype)
@@ -237,11 +284,22 @@ def run_rows(
             attended.index_copy_(0, rows.text_rows, texts)
         return attended
 
-    def deepstack(layer: int, hidden: Tensor) -> Tensor:
+    def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
         if layer >= len(features.deepstack):
-            return hidden
-        return hidden.index_add_(0, rows.image_rows, features.deepstack[layer][rows.image_tokens])
+            return None
+        return rows.image_rows, features.deepstack[layer][rows.image_tokens]
 
-    positions = plan.positions[:, rows.slots]
-    x = run_at_slots(language, x, positions, rows.slots, cache, attention, deepstack, observe)
-    return language.norm(x[-1:])
+    rotation = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
+    hidden = run_at_slots(
+        language.layers,
+        language.norm,
+        x,
+        rotation,
+        rows.slots,
+        cache,
+        attention,
+        kept,
+        None if taps is None else taps.see,
+        deepstack,
+    )
+    return hidden[-1:]

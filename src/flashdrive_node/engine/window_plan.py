@@ -6,8 +6,8 @@ computed while others are kept need no mask but causality: each run of neighbour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class RowPlan:
-    """Tokens of a prompt that are computed while the others are kept."""
+    """Tokens of a prompt that are computed, while others may be kept."""
 
     #: Their slots, ascending, int64 [T].
     slots: Tensor
@@ -47,6 +47,8 @@ class RowPlan:
     #: Rows that hold image tokens, and which image token each is: int64 [image rows].
     image_rows: Tensor
     image_tokens: Tensor
+    #: The place among all image tokens of each row, int64 [T]; behind the last for rows that hold none.
+    places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +66,30 @@ class WindowPlan:
     #: Image tokens that go to another place, their frame having become older: from where, to where.
     move_from: Tensor
     move_to: Tensor
-    #: Tokens to compute, or None for all of them.
-    rows: RowPlan | None
+    #: Tokens to compute; all of them where nothing is kept.
+    rows: RowPlan
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything on the device, in a fixed order."""
+        own = [self.positions, self.image_index, self.encode_tokens, self.move_from, self.move_to]
+        rows = self.rows
+        return own + [rows.slots, rows.text_rows, rows.text_mask, rows.image_rows, rows.image_tokens, rows.places]
+
+    @property
+    def structure(self) -> Hashable:
+        """Equal for plans that take the same computation, on other tokens."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.runs
+
+    def clone(self) -> WindowPlan:
+        """A copy with tensors of its own, which may be written to."""
+        rows = replace(self.rows, **{f.name: _cloned(getattr(self.rows, f.name)) for f in fields(self.rows)})
+        own = {f.name: _cloned(getattr(self, f.name)) for f in fields(self)}
+        return replace(self, **(own | {"rows": rows}))
+
+
+def _cloned(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def match_frames(
@@ -134,9 +158,7 @@ def plan_window(
     before = [None if source is None else i // frames * frames + source for i, source in enumerate(flat)]
     moved = [(j, i) for i, j in enumerate(before) if j is not None and j != i]
     kept = [i for i in range(len(images)) if i not in encode and i // frames not in refreshed]
-    rows = None
-    if mode == "kv" and kept:
-        rows = _row_plan(len(prompt.ids), images, offsets, set(kept), device)
+    rows = _row_plan(len(prompt.ids), images, offsets, set(kept) if mode == "kv" else set(), device)
     return WindowPlan(
         prompt=prompt,
         positions=prompt.positions.to(device),
@@ -153,7 +175,8 @@ def _row_plan(
     length: int, images: tuple[ImageSpan, ...], offsets: list[int], kept: set[int], device: torch.device
 ) -> RowPlan:
     computed = torch.ones(length, dtype=torch.bool)
-    computed[: images[0].start] = False  # nothing that changes stands in front of the first image
+    if kept:
+        computed[: images[0].start] = False  # nothing that changes stands in front of the first image
     token_of_slot = torch.full((length,), -1)
     for i, image in enumerate(images):
         token_of_slot[image.start : image.end] = torch.arange(offsets[i], offsets[i + 1])
@@ -181,4 +204,5 @@ def _row_plan(
         text_mask=text_mask.to(device),
         image_rows=image_rows.to(device),
         image_tokens=token_of_slot[slots[image_rows]].to(device),
+        places=torch.where(has_image, token_of_slot[slots], offsets[-1]).to(device),
     )

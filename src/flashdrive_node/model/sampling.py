@@ -57,5 +57,21 @@ def sample(logits: Tensor, settings: SamplingSettings, generator: torch.Generato
     """Draw one token per row: float32 [rows, vocabulary] -> int64 [rows]."""
     if settings.greedy:
         return logits.argmax(dim=-1)
-    probabilities = filter_logits(logits, settings).softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return pick(logits, settings, torch.empty_like(logits).exponential_(generator=generator))
+
+
+def pick(logits: Tensor, settings: SamplingSettings, noise: Tensor | None) -> Tensor:
+    """`sample` with its randomness given: the token that an exponential race of the probabilities is won by.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        settings: How tokens are drawn.
+        noise: Exponentially distributed, float32 [rows, vocabulary]; not looked at by a greedy choice.
+
+    Returns:
+        int64 [rows].
+    """
+    if settings.greedy:
+        return logits.argmax(dim=-1)
+    assert noise is not None
+    return (filter_logits(logits, settings).softmax(dim=-1) / noise).argmax(dim=-1)
