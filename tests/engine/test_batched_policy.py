@@ -11,7 +11,7 @@ from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.demo_model import small_alpamayo
-from flashdrive_node.model import batched
+from flashdrive_node.model import batched, inference
 from flashdrive_node.model.action_space import yaw_matrix
 from flashdrive_node.model.errors import InputError, ModelError, PromptError
 from flashdrive_node.model.history_tokens import encode_history
@@ -71,7 +71,9 @@ def test_policy_equals_the_plain_engine(loaded, windows, monkeypatch):
     """Rows with and without navigation text; texts that end at different lengths, one of them never."""
     images, xyz, rot = windows
     noise = torch.randn(3, SAMPLES, 64, 2, generator=torch.Generator().manual_seed(1))
-    policy = BatchedPolicy(loaded.model, loaded.tokenizer, samples=SAMPLES, cameras=CAMERAS, max_length=LENGTH)
+    policy = BatchedPolicy(
+        loaded.model, loaded.tokenizer, samples=SAMPLES, flow_steps=3, cameras=CAMERAS, max_length=LENGTH
+    )
     # Among random weights the stop token is never the likeliest: let a token that some rows come to be one.
     endings = _third_tokens(policy, windows)
     policy.rule = replace(policy.rule, stop=endings[0], end_of_turn=endings[1])
@@ -80,7 +82,7 @@ def test_policy_equals_the_plain_engine(loaded, windows, monkeypatch):
     monkeypatch.undo()
 
     settings = PlainSettings(
-        "none", device="cpu", precision="float32", samples=SAMPLES, flow_steps=10,
+        "none", device="cpu", precision="float32", samples=SAMPLES, flow_steps=3,
         sampling=SamplingSettings(temperature=0.0, max_length=LENGTH),
     )  # fmt: skip
     engine = PlainEngine(settings, loaded)
@@ -134,11 +136,11 @@ def test_a_pass_over_prompt_and_text_is_a_decoded_context(loaded, windows):
     # One token more than is compared: the last of a cut text is not run.
     text = batched.decode(model, decoded, logits, policy.sampling, policy.rule)
     rows = [row[:4] for row in text.rows()]
-    decoded.lengths = prompts.prompt_lengths + 4
+    decoded.lengths, decoded.missing = prompts.prompt_lengths + 4, 0
     whole = layout.build(tokens, NAV, rows)
     hidden, at_once = context_of(whole, whole.lengths)
     last = model.language.logits(batched.last_hidden(hidden, whole.lengths))
-    assert batched.forbid(last, policy.rule).argmax(1).tolist() == text.tokens[:, 4].tolist()
+    assert inference.forbid(last, policy.rule).argmax(1).tolist() == text.tokens[:, 4].tolist()
 
     x = torch.randn(3, 2, 64, 2, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([[0.1, 0.9], [0.5, 0.0], [0.3, 0.3]])

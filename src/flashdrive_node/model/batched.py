@@ -36,10 +36,12 @@ class BatchContext:
     #: Per layer [B, kv_heads, S, head_dim].
     keys: list[Tensor]
     values: list[Tensor]
-    #: Slots of each row that count, int64 [B]; what lies behind is hidden.
+    #: Tokens of each row, int64 [B]; slots behind them are hidden.
     lengths: Tensor
     #: Position of a token behind the images minus its index, the same in all rows.
     rope_delta: int
+    #: Tokens at each row's end that were never run, so that their slots are empty: a number or int64 [B].
+    missing: Tensor | int = 0
 
 
 def encode_images(model: Alpamayo, images: Tensor) -> VisionFeatures:
@@ -186,7 +188,9 @@ def decode(
             break
         logits = model.language.logits(hidden)
     text = collect_generated(torch.stack(tokens, dim=1), rule)
-    context.lengths = prompts + torch.tensor(text.lengths, device=device)
+    lengths = torch.tensor(text.lengths, device=device)
+    # As in the reference, the last token of a text that fills its room is not run.
+    context.lengths, context.missing = prompts + lengths, (lengths == settings.max_length).long()
     return text
 
 
@@ -227,7 +231,8 @@ def velocity_field(model: Alpamayo, context: BatchContext, samples: int) -> Velo
     cos, sin = mrope_cos_sin(positions, config.expert, model.dtype)
 
     slots = torch.arange(context.keys[0].shape[2], device=device)
-    known = (slots[None] < context.lengths[:, None])[:, None].expand(-1, tokens, -1)
+    filled = context.lengths - context.missing
+    known = (slots[None] < filled[:, None])[:, None].expand(-1, tokens, -1)
     sample_of = torch.arange(samples, device=device).repeat_interleave(waypoints)
     own = sample_of[:, None] == sample_of[None]
     if not config.expert_non_causal:
