@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from flashdrive_node.world.draws import mix
@@ -192,6 +194,19 @@ def _sentence(r: dict[str, int], kinds: list[int], directions: list[int], choice
     return f"{text}, while {_WHILE[second]}." if second != cause and second in _WHILE else f"{text}."
 
 
+def every_sentence() -> list[str]:
+    """Every sentence that the wording can make, sorted; some of them no scene leads to."""
+    by_pace = [forms for paces in _LONGITUDINAL.values() for forms in paces.values()]
+    templates = [form for forms in (*by_pace, *_LATERAL.values(), *_STARTS.values()) for form in forms]
+    names, sides, lanes = (*_NAMES, "parked car", "traffic cones"), ("left", "right"), ("out of", "within")
+    texts = {
+        form.format(who=who, side=side, lane=f"{lane} the lane", coming=coming)
+        for form, who, side, lane in product(templates, names, sides, lanes)
+        for coming in ("that is oncoming", f"crossing from the {side}")
+    }
+    return sorted(f"{text}{end}." for text in texts for end in ("", *(f", while {also}" for also in _WHILE.values())))
+
+
 def navigation(scene: Scene, state: State) -> list[str | None]:
     """Navigation instruction per scene, as the model takes it, or None."""
     turns = scene.turn.tolist()
@@ -207,3 +222,9 @@ def navigation(scene: Scene, state: State) -> list[str | None]:
         else:
             texts.append(None)
     return texts
+
+
+def every_instruction() -> list[str]:
+    """Every navigation instruction that a scene can lead to."""
+    turns = [f"Turn {word}" for word in ("left", "right")]
+    return ["Continue straight", *turns, *(f"{turn} in {m}m" for turn in turns for m in range(5, 121))]
