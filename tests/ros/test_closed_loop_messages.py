@@ -11,13 +11,13 @@ from rclpy.serialization import serialize_message
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import Header
 
+from flashdrive_node.evaluation.world_views import world_cameras
 from flashdrive_node.ros import messages
 from flashdrive_node.ros.messages import OutputFrame
 from flashdrive_node.ros.picture_messages import camera_info_message, compressed_message, raw_message
 from flashdrive_node.ros.published_plan import PlanError, read_plan
 from flashdrive_node.ros.serialized import compressed_image, raw_image
 from flashdrive_node.ros.world_clock import WorldClock
-from flashdrive_node.ros.world_sensors import world_cameras
 from flashdrive_node.runtime.decode import decode_image, signature
 from flashdrive_node.runtime.rig import RigError, load_rig
 from flashdrive_node.world.camera import CAMERAS, camera_rays, image_of

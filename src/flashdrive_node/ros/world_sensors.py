@@ -14,10 +14,10 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header, String
 
+from flashdrive_node.evaluation.world_views import world_cameras
 from flashdrive_node.ros.messages import odometry_message, stamp_message
 from flashdrive_node.ros.picture_messages import Picture, camera_info_message, compressed_message, raw_message
-from flashdrive_node.runtime.rig import Rig, RigError
-from flashdrive_node.world.camera import CAMERAS, Camera
+from flashdrive_node.runtime.rig import Rig
 
 #: Frame of the odometry: the world's own.
 ODOMETRY_FRAME = "odom"
@@ -39,6 +39,7 @@ class WorldSensors:
 
     def __init__(self, node: Node, rig: Rig, size: tuple[int, int], file_format: str):
         self._rig = rig
+        self.base_frame = rig.base_frame
         self._file_format = file_format
         self.cameras = world_cameras(rig)
         #: Width and height of each camera's pictures by index.
@@ -81,25 +82,8 @@ class WorldSensors:
 
     def send_odometry(self, time_ns: int, pose: tuple[float, float, float], speed: float, yaw_rate: float) -> None:
         """Pose (x, y, yaw) in the odometry's frame, metres and radians; m/s and rad/s."""
-        frames = ODOMETRY_FRAME, self._rig.base_frame
+        frames = ODOMETRY_FRAME, self.base_frame
         self._odometry.publish(odometry_message(time_ns, *frames, pose, speed, yaw_rate))
-
-
-def world_cameras(rig: Rig) -> dict[int, Camera]:
-    """The world's camera for each camera of a rig, by index.
-
-    Raises:
-        RigError: The rig has a camera that the world has not.
-    """
-    known = {camera.index: camera for camera in CAMERAS}
-    problems = [
-        f"camera {spec.name!r} has index {spec.index}, the world has cameras {sorted(known)}"
-        for spec in rig.cameras
-        if spec.index not in known
-    ]
-    if problems:
-        raise RigError(rig.name, problems)
-    return {spec.index: known[spec.index] for spec in rig.cameras}
 
 
 def wait_until_heard(sensors: WorldSensors, timeout_s: float, meanwhile: Callable[[], None]) -> list[str]:
