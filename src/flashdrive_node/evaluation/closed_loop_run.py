@@ -1,0 +1,158 @@
+"""Closed-loop runs over many scenes: one row of scores per scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from flashdrive_node.evaluation.closed_loop import ClosedLoop
+from flashdrive_node.evaluation.policies import Plans, Policy
+from flashdrive_node.evaluation.scores import Scores
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.world.decision_text import parse
+from flashdrive_node.world.draws import SPLITS, scene_keys
+from flashdrive_node.world.frames import FrameSettings
+from flashdrive_node.world.scenario import sample_scenes
+from flashdrive_node.world.scene import DT_S, Scenario, Scene, move
+
+#: Called after every step with the loop (its scene's rows are those of the batch) and the newest plans.
+OnStep = Callable[[ClosedLoop, Plans | None], None]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which scenes are driven, and how."""
+
+    split: str = "test"
+    seconds: float = 20.0
+    #: Steps of 0.1 s from plan to plan; in between the last one is followed.
+    replan: int = 1
+    #: Scenes in lock-step.
+    batch: int = 512
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f"split: one of {', '.join(SPLITS)} is required, found {self.split!r}")
+        if self.seconds < DT_S or not 1 <= self.replan <= 10 or self.batch < 1:
+            raise InputError(
+                f"at least {DT_S} s, 1 to 10 steps between plans and 1 scene in a batch are required, "
+                f"found {self.seconds} s, {self.replan} and {self.batch}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Of `DT_S`."""
+        return round(self.seconds / DT_S)
+
+
+@dataclass
+class SceneRow:
+    """How one scene was driven."""
+
+    index: int
+    scenario: str
+    #: Of `Scores`, as numbers.
+    scores: dict[str, float]
+    progress: float
+    scene_score: float
+    #: Share of the steps in which a trajectory was followed.
+    following: float
+    #: Texts, and how many of them the wording could not have made (empty ones too).
+    texts: int = 0
+    malformed: int = 0
+
+
+@dataclass
+class Run:
+    """One policy on many scenes."""
+
+    policy: str
+    settings: RunSettings
+    rows: list[SceneRow] = field(default_factory=list)
+
+    def column(self, name: str) -> list[float]:
+        """One figure of every scene: of the scores, or a field of the row."""
+        return [float(row.scores[name] if name in row.scores else getattr(row, name)) for row in self.rows]
+
+
+def run_scenes(
+    policy: Policy | None,
+    indices: Sequence[int],
+    settings: RunSettings,
+    device: torch.device | str = "cpu",
+    frames: FrameSettings | None = None,
+    on_step: OnStep | None = None,
+) -> Run:
+    """Drive scenes.
+
+    Args:
+        policy: Who plans; None lets the expert itself drive.
+        indices: Of the scenes in the split.
+        settings: How.
+        device: Where.
+        frames: How pictures are made, for policies that see; by default as the device likes it.
+        on_step: Called after every step, for progress and videos.
+    """
+    run = Run(policy.name if policy is not None else "expert", settings)
+    frames = (frames or FrameSettings.for_device(device)) if policy is not None and policy.sees else None
+    for first in range(0, len(indices), settings.batch):
+        part = list(indices[first : first + settings.batch])
+        scene = move(sample_scenes(scene_keys(settings.split, part)), device)
+        run.rows += _run_batch(policy, part, scene, settings, frames, on_step)
+    return run
+
+
+def _run_batch(
+    policy: Policy | None,
+    indices: list[int],
+    scene: Scene,
+    settings: RunSettings,
+    frames: FrameSettings | None,
+    on_step: OnStep | None,
+) -> list[SceneRow]:
+    expert = expert_scores(scene, settings.steps)
+    loop = ClosedLoop(scene, frames)
+    following = torch.zeros(len(scene), dtype=torch.int64, device=scene.device)
+    texts, malformed = [0] * len(scene), [0] * len(scene)
+    plans: Plans | None = None
+    for step in range(settings.steps):
+        if policy is None:
+            loop.apply(None)
+            following += 1
+        else:
+            if step % settings.replan == 0:
+                plans = policy.plan(loop.observe())
+                loop.publish(*plans.driven())
+                for row, text in enumerate(plans.texts or ()):
+                    texts[row] += 1
+                    malformed[row] += parse(text) is None
+            following += loop.step().following
+        if on_step is not None:
+            on_step(loop, plans)
+    scores = loop.tally.scores()
+    columns = {name: value.double().tolist() for name, value in scores._asdict().items()}
+    progress, scene_score = scores.progress(expert).tolist(), scores.scene_score(expert).tolist()
+    share = (following.double() / settings.steps).tolist()
+    return [
+        SceneRow(
+            index=index,
+            scenario=Scenario(int(scene.scenario[row])).name,
+            scores={name: values[row] for name, values in columns.items()},
+            progress=progress[row],
+            scene_score=scene_score[row],
+            following=share[row],
+            texts=texts[row],
+            malformed=malformed[row],
+        )
+        for row, index in enumerate(indices)
+    ]
+
+
+def expert_scores(scene: Scene, steps: int) -> Scores:
+    """How the expert itself drives the same scenes from the same moment on."""
+    loop = ClosedLoop(scene)
+    for _ in range(steps):
+        loop.apply(None)
+    return loop.tally.scores()
