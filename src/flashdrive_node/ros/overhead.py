@@ -23,7 +23,7 @@ from sensor_msgs.msg import CompressedImage
 from std_msgs.msg import String
 
 from flashdrive_node.evaluation.drawn_scene import Drive
-from flashdrive_node.evaluation.replay_report import Percentiles
+from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.ros.messages import odometry_message, stamp_message
 from flashdrive_node.ros.session import Session, SessionOptions
 from flashdrive_node.ros.topics import NODE_NAME
