@@ -123,7 +123,7 @@ def _absorb(q, k, v, scores_bias, acc, top, total, scale):
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -189,7 +189,7 @@ def _attend(
         k = tl.load(k_base + place)
         v = tl.load(v_base + place)
         acc, top, total = _absorb(q, k, v, 0.0, acc, top, total, scale)
-    for block in tl.range(tl.maximum(begin, shared), end):
+    for block in tl.range(tl.maximum(begin, shared), end, num_stages=1):
         low, high, start = row * 0, limit, block * BLOCK
         if SPANS > 0:
             inside = block >= after_limits

@@ -66,7 +66,7 @@ def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Te
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _linear(
     x_ptr,
     weight,
