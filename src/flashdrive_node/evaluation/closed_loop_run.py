@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
+from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import ClosedLoop
-from flashdrive_node.evaluation.policies import Plans, Policy
+from flashdrive_node.evaluation.devices import Progress
+from flashdrive_node.evaluation.policies import Plans, Policy, make_policy
 from flashdrive_node.evaluation.scores import Scores
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.world.decision_text import parse
@@ -18,7 +21,7 @@ from flashdrive_node.world.scenario import sample_scenes
 from flashdrive_node.world.scene import DT_S, Scenario, Scene, move
 
 #: Called after every step with the loop (its scene's rows are those of the batch) and the newest plans.
-OnStep = Callable[[ClosedLoop, Plans | None], None]
+OnStep = Callable[[ClosedLoop, Plans | None], object]
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,14 @@ class RunSettings:
     seconds: float = 20.0
     #: Steps of 0.1 s from plan to plan; in between the last one is followed.
     replan: int = 1
-    #: Scenes in lock-step.
+    #: Scenes in lock-step, and those that the model gets at once.
     batch: int = 512
+    policy_batch: int = 256
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"split: one of {', '.join(SPLITS)} is required, found {self.split!r}")
-        if self.seconds < DT_S or not 1 <= self.replan <= 10 or self.batch < 1:
+        if self.seconds < DT_S or not 1 <= self.replan <= 10 or min(self.batch, self.policy_batch) < 1:
             raise InputError(
                 f"at least {DT_S} s, 1 to 10 steps between plans and 1 scene in a batch are required, "
                 f"found {self.seconds} s, {self.replan} and {self.batch}"
@@ -63,18 +67,30 @@ class SceneRow:
     texts: int = 0
     malformed: int = 0
 
+    def figure(self, name: str) -> float:
+        """One figure by name: of the scores, or a field of the row."""
+        return float(self.scores[name] if name in self.scores else getattr(self, name))
 
-@dataclass
-class Run:
-    """One policy on many scenes."""
+
+@dataclass(frozen=True)
+class ClosedLoopWork:
+    """Driving scenes by a policy that is made where it drives, for `devices.spread`."""
 
     policy: str
-    settings: RunSettings
-    rows: list[SceneRow] = field(default_factory=list)
+    model: PlainSettings
+    run: RunSettings
+    #: Width and height of the pictures.
+    size: tuple[int, int] = (288, 160)
 
-    def column(self, name: str) -> list[float]:
-        """One figure of every scene: of the scores, or a field of the row."""
-        return [float(row.scores[name] if name in row.scores else getattr(row, name)) for row in self.rows]
+    def total(self, indices: Sequence[int]) -> int:
+        """Steps of all batches."""
+        return self.run.steps * math.ceil(len(indices) / self.run.batch)
+
+    def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[SceneRow]:
+        """A row per scene."""
+        policy = make_policy(self.policy, replace(self.model, device=device), self.run.policy_batch)
+        frames = FrameSettings.for_device(device, *self.size)
+        return run_scenes(policy, indices, self.run, device, frames, lambda loop, plans: progress(1))
 
 
 def run_scenes(
@@ -84,7 +100,7 @@ def run_scenes(
     device: torch.device | str = "cpu",
     frames: FrameSettings | None = None,
     on_step: OnStep | None = None,
-) -> Run:
+) -> list[SceneRow]:
     """Drive scenes.
 
     Args:
@@ -95,13 +111,13 @@ def run_scenes(
         frames: How pictures are made, for policies that see; by default as the device likes it.
         on_step: Called after every step, for progress and videos.
     """
-    run = Run(policy.name if policy is not None else "expert", settings)
+    rows: list[SceneRow] = []
     frames = (frames or FrameSettings.for_device(device)) if policy is not None and policy.sees else None
     for first in range(0, len(indices), settings.batch):
         part = list(indices[first : first + settings.batch])
         scene = move(sample_scenes(scene_keys(settings.split, part)), device)
-        run.rows += _run_batch(policy, part, scene, settings, frames, on_step)
-    return run
+        rows += _run_batch(policy, part, scene, settings, frames, on_step)
+    return rows
 
 
 def _run_batch(
@@ -131,18 +147,37 @@ def _run_batch(
             following += loop.step().following
         if on_step is not None:
             on_step(loop, plans)
+    share = (following.double() / settings.steps).tolist()
+    return scene_rows(indices, loop, expert, share, texts, malformed)
+
+
+def scene_rows(
+    indices: Sequence[int],
+    loop: ClosedLoop,
+    expert: Scores,
+    following: Sequence[float],
+    texts: Sequence[int],
+    malformed: Sequence[int],
+) -> list[SceneRow]:
+    """How each scene of a finished loop was driven.
+
+    Args:
+        indices: Of the scenes in their split.
+        loop: At its end.
+        expert: Of the same scenes over the same time, see `expert_scores`.
+        following, texts, malformed: See `SceneRow`; one per scene.
+    """
     scores = loop.tally.scores()
     columns = {name: value.double().tolist() for name, value in scores._asdict().items()}
     progress, scene_score = scores.progress(expert).tolist(), scores.scene_score(expert).tolist()
-    share = (following.double() / settings.steps).tolist()
     return [
         SceneRow(
             index=index,
-            scenario=Scenario(int(scene.scenario[row])).name,
+            scenario=Scenario(int(loop.scene.scenario[row])).name,
             scores={name: values[row] for name, values in columns.items()},
             progress=progress[row],
             scene_score=scene_score[row],
-            following=share[row],
+            following=following[row],
             texts=texts[row],
             malformed=malformed[row],
         )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.engine.batched_policy import BatchedPolicy
+from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.world.episode import FUTURE
 from flashdrive_node.world.scene import DT_S
 
@@ -47,10 +49,49 @@ class Policy(Protocol):
         ...
 
 
+#: Who may drive; the expert itself, which plans nothing, is made by nobody.
+EXPERT, CONSTANT_VELOCITY, MODEL = "expert", "constant-velocity", "model"
+POLICIES = (MODEL, CONSTANT_VELOCITY, EXPERT)
+
+
+def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None:
+    """A policy by name, None for the expert.
+
+    Args:
+        name: Of `POLICIES`.
+        settings: Of the model: checkpoint, device, sampling.
+        batch: Scenes that the model gets at once.
+
+    Raises:
+        InputError: No such policy.
+        ModelError: The checkpoint cannot be loaded.
+    """
+    if name == EXPERT:
+        return None
+    if name == CONSTANT_VELOCITY:
+        return ConstantVelocity()
+    if name != MODEL:
+        raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
+    loaded = load_alpamayo(
+        settings.checkpoint, settings.torch_device, settings.dtype, overlay=settings.overlay, hash_files=False
+    )
+    steps = settings.flow_steps or loaded.model.config.flow.num_inference_steps
+    policy = BatchedPolicy(
+        loaded.model,
+        loaded.tokenizer,
+        samples=settings.samples,
+        temperature=settings.sampling.temperature,
+        flow_steps=steps,
+        seed=settings.seed,
+        max_length=settings.sampling.max_length,
+    )
+    return ModelPolicy(policy, batch)
+
+
 class ConstantVelocity:
     """Straight on at the present speed."""
 
-    name = "constant-velocity"
+    name = CONSTANT_VELOCITY
     sees = False
 
     def plan(self, observation: Observation) -> Plans:
@@ -64,7 +105,7 @@ class ConstantVelocity:
 class ModelPolicy:
     """Alpamayo, some scenes at a time."""
 
-    name = "model"
+    name = MODEL
     sees = True
 
     def __init__(self, policy: BatchedPolicy, batch: int):
