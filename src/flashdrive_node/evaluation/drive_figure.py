@@ -35,15 +35,15 @@ def figure_png(report: DriveReport) -> bytes:
     for column, (names, title) in enumerate(((_GOOD, "more is better"), (_FAULTS, "less is better"))):
         axis = figure.add_subplot(grid[0, column])
         series = {policy: [figures[name] for name in names] for policy, figures in overall.items()}
-        _bars(axis, [FIGURES[name] for name in names], series)
+        bars(axis, [FIGURES[name] for name in names], series, 100)
         axis.set(title=f"all scenes: {title}", ylabel="%")
-        axis.legend(fontsize=9)
+    axis.legend(fontsize=9)
     scenarios = {policy: report.by_scenario(policy) for policy in report.rows}
     for row, name in enumerate(_ROWS, start=1):
         axis = figure.add_subplot(grid[row, :])
         kinds = sorted({kind for figures in scenarios.values() for kind in figures})
         series = {policy: [figures[kind][name] for kind in kinds] for policy, figures in scenarios.items()}
-        _bars(axis, [kind.lower().replace("_", "\n") for kind in kinds], series)
+        bars(axis, [kind.lower().replace("_", "\n") for kind in kinds], series, 100)
         axis.set(title=FIGURES[name], ylabel="%")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
@@ -51,12 +51,13 @@ def figure_png(report: DriveReport) -> bytes:
     return buffer.getvalue()
 
 
-def _bars(axis: Any, names: list[str], series: dict[str, list[Estimate]]) -> None:
+def bars(axis: Any, names: list[str], series: dict[str, list[Estimate]], scale: float = 1.0) -> None:
+    """Groups of bars with their intervals: a group per name, a bar in it per series."""
     width = 0.8 / len(series)
     for number, (policy, values) in enumerate(series.items()):
         places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * width
-        means = np.array([100 * e.mean for e in values])
-        spread = np.array([[100 * (e.mean - e.low), 100 * (e.high - e.mean)] for e in values]).T
+        means = np.array([scale * e.mean for e in values])
+        spread = np.array([[scale * (e.mean - e.low), scale * (e.high - e.mean)] for e in values]).T
         axis.bar(places, means, width, color=_COLORS[number % len(_COLORS)], label=policy)
         axis.errorbar(places, means, yerr=spread.clip(min=0), fmt="none", ecolor="#444444", elinewidth=0.8)
     axis.set_xticks(np.arange(len(names)), names, fontsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import load_alpamayo
+from flashdrive_node.training.history_baseline import FILE_NAME as HISTORY_FILE
+from flashdrive_node.training.history_baseline import HistoryBaseline, load_history_baseline
 from flashdrive_node.world.episode import FUTURE
 from flashdrive_node.world.scene import DT_S
 
@@ -50,8 +53,8 @@ class Policy(Protocol):
 
 
 #: Who may drive; the expert itself, which plans nothing, is made by nobody.
-EXPERT, CONSTANT_VELOCITY, MODEL = "expert", "constant-velocity", "model"
-POLICIES = (MODEL, CONSTANT_VELOCITY, EXPERT)
+EXPERT, CONSTANT_VELOCITY, HISTORY, MODEL = "expert", "constant-velocity", "history", "model"
+POLICIES = (MODEL, HISTORY, CONSTANT_VELOCITY, EXPERT)
 
 
 def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None:
@@ -64,12 +67,15 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
 
     Raises:
         InputError: No such policy.
-        ModelError: The checkpoint cannot be loaded.
+        ModelError: The checkpoint cannot be loaded, or has no history baseline beside it.
     """
     if name == EXPERT:
         return None
     if name == CONSTANT_VELOCITY:
         return ConstantVelocity()
+    if name == HISTORY:
+        baseline = Path(settings.checkpoint) / HISTORY_FILE
+        return HistoryOnly(load_history_baseline(baseline, settings.torch_device))
     if name != MODEL:
         raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
     loaded = load_alpamayo(
@@ -100,6 +106,22 @@ class ConstantVelocity:
         forward = speed * DT_S * torch.arange(1, FUTURE + 1, device=speed.device)
         still = torch.zeros_like(forward)
         return Plans(torch.stack((forward, still), dim=-1), still, speed, _first(speed))
+
+
+class HistoryOnly:
+    """The baseline without eyes: ego history and navigation instruction."""
+
+    name = HISTORY
+    sees = False
+
+    def __init__(self, baseline: HistoryBaseline):
+        """Keep the network."""
+        self.baseline = baseline
+
+    def plan(self, observation: Observation) -> Plans:
+        """See `Policy`."""
+        path = self.baseline.plan(observation.history_xyz, observation.history_rot, observation.navigation)
+        return Plans(path.xyz[:, None, :, :2], path.yaw[:, None], path.speed[:, None], _first(path.yaw))
 
 
 class ModelPolicy:
