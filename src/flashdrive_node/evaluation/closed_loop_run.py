@@ -167,6 +167,26 @@ def scene_rows(
         expert: Of the same scenes over the same time, see `expert_scores`.
         following, texts, malformed: See `SceneRow`; one per scene.
     """
+    share = (following.double() / settings.steps).tolist()
+    return scene_rows(indices, loop, expert, share, texts, malformed)
+
+
+def scene_rows(
+    indices: Sequence[int],
+    loop: ClosedLoop,
+    expert: Scores,
+    following: Sequence[float],
+    texts: Sequence[int],
+    malformed: Sequence[int],
+) -> list[SceneRow]:
+    """One row per scene of a loop that has been driven to its end.
+
+    Args:
+        indices: Of the scenes in their split.
+        loop: The drives.
+        expert: Of `expert_scores` on the same scenes.
+        following, texts, malformed: As in `SceneRow`, one per scene.
+    """
     scores = loop.tally.scores()
     columns = {name: value.double().tolist() for name, value in scores._asdict().items()}
     progress, scene_score = scores.progress(expert).tolist(), scores.scene_score(expert).tolist()
