@@ -159,26 +159,6 @@ def scene_rows(
     texts: Sequence[int],
     malformed: Sequence[int],
 ) -> list[SceneRow]:
-    """How each scene of a finished loop was driven.
-
-    Args:
-        indices: Of the scenes in their split.
-        loop: At its end.
-        expert: Of the same scenes over the same time, see `expert_scores`.
-        following, texts, malformed: See `SceneRow`; one per scene.
-    """
-    share = (following.double() / settings.steps).tolist()
-    return scene_rows(indices, loop, expert, share, texts, malformed)
-
-
-def scene_rows(
-    indices: Sequence[int],
-    loop: ClosedLoop,
-    expert: Scores,
-    following: Sequence[float],
-    texts: Sequence[int],
-    malformed: Sequence[int],
-) -> list[SceneRow]:
     """One row per scene of a loop that has been driven to its end.
 
     Args:
