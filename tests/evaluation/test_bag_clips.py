@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from flashdrive_node.evaluation.bag_clips import BagClips
-from flashdrive_node.evaluation.clip import Window, parse_range
+from flashdrive_node.evaluation.clip import ClipError, Window, parse_range
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.runtime.bag import BagError
 from support.driven_bag import RIG, SPEED, START_NS, TURN, circle, shade, write_bag
 
 
@@ -116,7 +115,7 @@ def test_recordings_without_a_window_say_why(tmp_path: Path, options: dict, mess
     bag = write_bag(tmp_path / "bad", **options)
     good = write_bag(tmp_path / "good", 8.0)
     clips = BagClips([bag, good], RIG).clips()
-    with pytest.raises(BagError, match=message):
+    with pytest.raises(ClipError, match=message):
         list(next(clips).windows)
     assert len(list(next(clips).windows)) == 2
     assert next(clips, None) is None
@@ -125,9 +124,9 @@ def test_recordings_without_a_window_say_why(tmp_path: Path, options: dict, mess
 def test_unknown_topics_and_missing_bags(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", 8.0)
     clip = next(BagClips([bag], replace(RIG, odometry_topic="/elsewhere")).clips())
-    with pytest.raises(BagError, match=r"/elsewhere .* is required, found no such topic"):
+    with pytest.raises(ClipError, match=r"/elsewhere .* is required, found no such topic"):
         list(clip.windows)
-    with pytest.raises(BagError, match="found nothing there"):
+    with pytest.raises(ClipError, match="found nothing there"):
         list(next(BagClips([tmp_path / "nowhere"], RIG).clips()).windows)
     with pytest.raises(InputError, match="bags of different names"):
         BagClips([bag, tmp_path / "elsewhere" / "drive"], RIG)

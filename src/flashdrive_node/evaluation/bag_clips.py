@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from flashdrive_node.evaluation.clip import FUTURE_DT_S, FUTURE_POINTS, PROTOCOL_WINDOWS, Clip, Truth, Window
+from flashdrive_node.evaluation.clip import FUTURE_DT_S, FUTURE_POINTS, PROTOCOL_WINDOWS, Clip, ClipError, Truth, Window
 from flashdrive_node.evaluation.driven_route import DrivenRoute
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.runtime.assembly import build_observation
@@ -150,14 +150,17 @@ class BagClips:
         return window, ego
 
     def _decoded(self, candidates: Iterator[_Candidate], notes: list[str]) -> Iterator[Window]:
-        for number, candidate in enumerate(candidates):
-            try:
-                self._decode(candidate.frames)
-            except DecodeError as error:
-                notes.append(f"window {number} left out: {error}")
-                continue
-            observation = build_observation(number, candidate.frames, candidate.ego, candidate.nav_text)
-            yield Window(observation, candidate.truth)
+        try:
+            for number, candidate in enumerate(candidates):
+                try:
+                    self._decode(candidate.frames)
+                except DecodeError as error:
+                    notes.append(f"window {number} left out: {error}")
+                    continue
+                observation = build_observation(number, candidate.frames, candidate.ego, candidate.nav_text)
+                yield Window(observation, candidate.truth)
+        except BagError as error:
+            raise ClipError(str(error)) from error
 
     def _decode(self, window: FrameWindow) -> None:
         for frame in window.frames:
@@ -183,5 +186,5 @@ def read_route(bag: Path, rig: Rig, max_gap_s: float) -> DrivenRoute:
 
 
 def _failing(error: BagError) -> Iterator[Window]:
-    raise error
+    raise ClipError(str(error)) from error
     yield  # a generator, so that the error comes when windows are taken

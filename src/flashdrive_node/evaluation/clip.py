@@ -24,6 +24,10 @@ PROTOCOL_WINDOWS, PROTOCOL_START_S = 120, 1.7
 FUTURE_POINTS, FUTURE_DT_S = 64, 0.1
 
 
+class ClipError(Exception):
+    """A clip cannot be read, or not any further."""
+
+
 @dataclass(frozen=True, eq=False)
 class Truth:
     """What was driven after t0. Never part of an observation."""
@@ -52,7 +56,7 @@ class Clip:
 
     #: Unique in its source; also the name of its result file.
     name: str
-    #: One pass. What goes wrong on the way is raised here.
+    #: One pass. What goes wrong on the way is raised here, as a `ClipError`.
     windows: Iterator[Window]
     #: What a reader should know, such as frames that could not be decoded; grows while windows are taken.
     notes: list[str] = field(default_factory=list)
