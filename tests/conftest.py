@@ -1,11 +1,17 @@
 """What all tests need."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from support.processes import end_started
+
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Scripts start background jobs with SIGINT ignored, and every process below would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,10 +1,11 @@
-"""``flashdrive world``: pictures of the procedural world, and how its expert drives."""
+"""``flashdrive world``: pictures and recordings of the procedural world, and how its expert drives."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,21 +39,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("--filtered", action="store_true", help="only scenes that the expert masters, as in a data set")
     stats.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
 
+    recorded = actions.add_parser("record", parents=[common], help="write the drive of one scene as a rosbag2 (MCAP)")
+    recorded.add_argument("out", type=Path, metavar="DIR", help="the bag to write; must not exist")
+    recorded.add_argument("--index", type=int, help="index of the scene (default: the most varied daylight drive)")
+    recorded.add_argument("--search", type=int, default=1000, help="of so many scenes, without --index (default: 1000)")
+    recorded.add_argument("--seconds", type=float, default=20.0, help="length of the drive (default: 20)")
+    recorded.add_argument("--rig", default="sample", help="name or file of the camera rig (default: sample)")
+    recorded.add_argument("--size", default="576x320", help="width x height of every picture (default: 576x320)")
+    recorded.add_argument("--samples", type=int, default=2, help="rays per pixel and side (default: 2)")
+    recorded.add_argument("--quality", type=int, default=85, help="of the JPEG files, 1 to 100 (default: 85)")
+    recorded.add_argument("--quiet", action="store_true", help="no progress bar")
+
 
 def run(args: argparse.Namespace) -> int:
-    """Write the sheet or print the table."""
-    return _sheet(args) if args.action == "sheet" else _stats(args)
+    """Write the sheet or the recording, or print the table."""
+    return {"sheet": _sheet, "stats": _stats, "record": _record}[args.action](args)
+
+
+def _record(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from flashdrive_node.evaluation.varied_scene import most_varied_scene
+    from flashdrive_node.evaluation.world_bag import PictureSettings, SceneChoice, truth, write_world_bag
+    from flashdrive_node.runtime.rig import load_rig
+
+    width, height = _size(args.size)
+    if not 1 <= args.quality <= 100 or args.samples < 1 or args.seconds < DT_S or args.search < 1:
+        raise InputError(
+            "--quality 1 to 100, --samples and --search of 1 or more, and --seconds of a step of 0.1 s or more are "
+            f"required, found {args.quality}, {args.samples}, {args.search} and {args.seconds:g}"
+        )
+    rig, index, steps = load_rig(args.rig), args.index, round(args.seconds / DT_S)
+    if index is None:
+        with tqdm(total=args.search, desc="searching", unit="scene", disable=args.quiet) as bar:
+            index = most_varied_scene(args.split, args.search, steps, lambda tried: bar.update(tried - bar.n))
+    choice = SceneChoice(args.split, index, args.seconds)
+    pictures = PictureSettings(width, height, args.samples, args.quality, args.device)
+    with tqdm(total=steps, desc="rendering", unit="step", disable=args.quiet) as bar:
+        episode = write_world_bag(args.out, rig, choice, pictures, on_progress=lambda step: bar.update(step - bar.n))
+    causes = Counter(truth(episode, step)["cause"] for step in range(steps))
+    print(f"{args.out}: scene {index} of {args.split}, {args.seconds:g} s, {_megabytes(args.out):.2f} MB")
+    print("seconds by cause: " + ", ".join(f"{name.lower()} {n * DT_S:.1f}" for name, n in causes.most_common()))
+    return 0
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(side) for side in text.split("x"))
+    except ValueError:
+        raise InputError(f"--size: WIDTHxHEIGHT is required, such as 288x160, found {text!r}") from None
+    if width < 8 or width % 8 or height < 8:
+        raise InputError(f"--size: a width that is a multiple of 8 and sides of 8 or more are required, found {text}")
+    return width, height
 
 
 def _sheet(args: argparse.Namespace) -> int:
-    try:
-        width, height = (int(side) for side in args.size.split("x"))
-    except ValueError:
-        raise InputError(f"--size: WIDTHxHEIGHT is required, such as 288x160, found {args.size!r}") from None
-    if width < 8 or width % 8 or height < 8:
-        raise InputError(
-            f"--size: a width that is a multiple of 8 and sides of 8 or more are required, found {args.size}"
-        )
+    width, height = _size(args.size)
     if args.samples < 1 or args.first < 0:
         raise InputError(f"--samples must be at least 1 and --first 0, found {args.samples} and {args.first}")
     if args.out.suffix.lower() not in (".png", ".jpg"):

@@ -1,23 +1,89 @@
-"""Latency of the engine's stages: p50 and p99 per stage, memory, and a table to put into a README."""
+"""Latency of the engine's stages, configuration by configuration, over one set of weights."""
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.flow_schedule import PUBLISHED_8, FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.protocol import CameraFrames, Observation
-from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.engine.protocol import EngineError, Prediction
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.engine.streaming import StreamingEngine
+from flashdrive_node.engine.window_plan import Mode, plan_window
+from flashdrive_node.evaluation.random_drive import RandomDrive
+from flashdrive_node.evaluation.roofline import Ceilings, Floor, Workload, stage_floors
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.images import target_size
+from flashdrive_node.model.loading import LoadedModel
+from flashdrive_node.model.prompt import driving_prompt
 
 GIB = 2**30
+#: Any word: what texts of a fixed length are made of.
+_FILLER_TOKEN = 13
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Which of the engine's ideas are on."""
+
+    title: str
+    #: What is kept from window to window; None is the plain engine.
+    mode: Mode | None = None
+    speculative: bool = False
+    #: Whether flow steps are left out.
+    flow: bool = False
+
+
+#: The rows of FlashDrive's table of latencies, each of the middle ones with the system's work and one idea more; and
+#: all of it with nothing approximated in the prefill.
+CONFIGURATIONS = {
+    "plain": Configuration("plain"),
+    "system": Configuration("+ system", "full"),
+    "streaming": Configuration("+ streaming", "kv"),
+    "speculative": Configuration("+ speculative", "full", speculative=True),
+    "flow": Configuration("+ flow", "full", flow=True),
+    "all": Configuration("all", "kv", speculative=True, flow=True),
+    "features": Configuration("all, exact prefill", "features", speculative=True, flow=True),
+}
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How a configuration is measured."""
+
+    #: Generated per sample, stop token included.
+    tokens: int = 16
+    #: Tokens that a speculative round brings: an input, because nobody can tell it of random weights.
+    accept_length: float = 5.6
+    #: Flow steps of the configurations that leave some out.
+    schedule: FlowSchedule = PUBLISHED_8
+    #: Windows that are not counted, and windows that are.
+    warm_up: int = 3
+    runs: int = 20
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least {least}, found {getattr(self, name)}"
+            for name, least in (("tokens", 2), ("accept_length", 1), ("warm_up", 1), ("runs", 1))
+            if not getattr(self, name) >= least
+        ]
+        if problems:
+            raise InputError("benchmark: " + "; ".join(problems))
+
+    @property
+    def rounds(self) -> int:
+        """Speculative rounds of one text; its first token comes with the prefill."""
+        return math.ceil((self.tokens - 1) / self.accept_length)
 
 
 @dataclass(frozen=True)
@@ -37,110 +103,185 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One configuration, measured."""
+    """One configuration at one number of samples, measured."""
 
+    configuration: str
     samples: int
-    tokens: int
-    prompt_tokens: int
     windows: int
+    work: Workload
+    #: By stage, "total" by the host's clock, and "other": what no stage accounts for.
     stages: dict[str, StageTimes]
+    #: Least times of the stages and in total on this device.
+    floors: dict[str, Floor]
     #: Largest memory in use on the device over the measured windows; 0 on a CPU.
     peak_memory_bytes: int
+    #: From the loaded weights to the first window, and for a reset between two windows.
+    warm_up_s: float
+    reset_ms: float
+
+    @property
+    def passes(self) -> int:
+        """Passes of the language model that decoding takes."""
+        return self.work.tokens if self.work.rounds is None else self.work.rounds
 
 
-@dataclass(frozen=True)
-class Report:
-    """Everything that one benchmark run found, with the conditions that it was found under."""
-
-    conditions: dict[str, str]
-    measurements: list[Measurement]
-    load: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
-
-
-def conditions(engine: str, model: Alpamayo, image_size: tuple[int, int], random_weights: bool) -> dict[str, str]:
-    """What a latency depends on: machine, versions, precision, sizes."""
+def conditions(
+    loaded: LoadedModel, drive: RandomDrive, procedure: Procedure, random_weights: bool, drafter: str
+) -> dict[str, str]:
+    """What a latency depends on: machine, versions, precision, sizes, and what was put in."""
+    model = loaded.model
     on_gpu = model.device.type == "cuda"
     parameters = sum(p.numel() for p in model.parameters())
+    height, width = drive.image_size
     return {
-        "engine": engine,
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "precision": str(model.dtype).removeprefix("torch."),
         "parameters": f"{parameters:,}",
         "weights": "random: latencies only, no accuracy" if random_weights else "from the checkpoint",
-        "frames": f"{image_size[1]} x {image_size[0]} uint8 in host memory",
+        "drafter": drafter,
+        "frames": f"{width} x {height} uint8 in host memory, one new one per camera and window",
+        "windows": f"{procedure.runs} behind {procedure.warm_up}",
+        "tokens": f"{procedure.tokens}, forced",
+        "accept length": f"{procedure.accept_length:g}, an input: {procedure.rounds} rounds",
         "clock": "CUDA events per stage, host clock for the total" if on_gpu else "host clock",
     }
 
 
-class RandomDrive:
-    """Endless windows of a straight drive at 10 m/s, one new frame per camera in each.
+def window_workload(
+    loaded: LoadedModel, drive: RandomDrive, configuration: Configuration, procedure: Procedure, samples: int
+) -> Workload:
+    """What a window of the drive takes behind the first."""
+    config, (height, width) = loaded.model.config, drive.image_size
+    cameras, frames = len(drive.cameras), drive.frames
+    rows, columns = (
+        side // config.vision.patch_size
+        for side in target_size(height, width, config.min_pixels, config.max_pixels, config.vision.resize_factor)
+    )
+    grids = [(rows, columns)] * (cameras * frames)
+    prompt = driving_prompt(loaded.tokenizer, config, drive.cameras, frames, grids)
+    # Every frame but the newest stood one place further back in the window before.
+    sources: tuple[tuple[int | None, ...], ...] = ((*range(1, frames), None),) * cameras
+    plan = plan_window(prompt, sources, configuration.mode or "full", (), torch.device("cpu"))
+    slots = torch.arange(len(prompt.ids)) if plan.rows is None else plan.rows.slots
+    steps = config.flow.num_inference_steps
+    return Workload(
+        samples=samples,
+        frame_bytes=len(plan.encode) * height * width * 3,
+        patches=(rows * columns,) * len(plan.encode),
+        prompt_tokens=len(prompt.ids),
+        computed_tokens=len(slots),
+        prefill_pairs=int((slots + 1).sum()),
+        tokens=procedure.tokens,
+        evaluations=len(procedure.schedule.evaluated) if configuration.flow else steps,
+        rounds=procedure.rounds if configuration.speculative else None,
+    )
 
-    Pixels are random (zeros would run faster than pictures do), from a small pool that is gone through in turn.
+
+def make_engine(
+    name: str, procedure: Procedure, settings: PlainSettings, loaded: LoadedModel, drafter: Drafter | None
+) -> PlainEngine:
+    """The engine of a configuration, over weights that are loaded, with texts of a fixed length.
+
+    Without a drafter the tokens are drawn as always and then replaced. With one, the text is cut behind as many rounds
+    as the accept length stands for: guesses of random weights are never right, so that each round brings one token.
     """
-
-    def __init__(
-        self, config: AlpamayoConfig, image_size: tuple[int, int], cameras: Sequence[int], frames: int, seed: int = 0
-    ):
-        rng = np.random.default_rng(seed)
-        self.frames = frames
-        self.pictures = {
-            camera: [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(frames + 1)]
-            for camera in cameras
-        }
-        poses = config.history_poses
-        self.xyz = np.zeros((poses, 3), np.float32)
-        self.xyz[:, 0] = np.arange(1 - poses, 1) * config.action_space.dt * 10
-        self.rot = np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1))
-
-    def window(self, index: int) -> Observation:
-        """Window number `index`; frames are 0.1 s apart."""
-        numbers = range(index, index + self.frames)
-        stamps_ns = tuple(n * 100_000_000 for n in numbers)
-        cameras = tuple(
-            CameraFrames(camera, stamps_ns, tuple(pool[n % len(pool)] for n in numbers))
-            for camera, pool in self.pictures.items()
-        )
-        return Observation(index, stamps_ns[-1], cameras, self.xyz, self.rot)
+    configuration = CONFIGURATIONS[name]
+    length = procedure.rounds + 1 if configuration.speculative else procedure.tokens + 1
+    settings = replace(settings, sampling=replace(settings.sampling, max_length=length))
+    engine = PlainEngine(settings, loaded)
+    if configuration.mode is not None:
+        common = {f.name: getattr(settings, f.name) for f in fields(PlainSettings)}
+        schedule = procedure.schedule if configuration.flow else None
+        streaming = StreamingSettings(**common, stream=StreamSettings(configuration.mode), schedule=schedule)
+        engine = StreamingEngine(streaming, loaded, drafter if configuration.speculative else None)
+    if not configuration.speculative:
+        text = torch.full((settings.samples, procedure.tokens), _FILLER_TOKEN)
+        text[:, -1] = loaded.model.config.tokens.future_start
+        engine.script = text.to(loaded.model.device)
+    return engine
 
 
-def measure(engine: PlainEngine, drive: RandomDrive, tokens: int, warm_up: int, runs: int) -> Measurement:
-    """Time `runs` windows behind `warm_up` unmeasured ones, with texts of a fixed length.
+def measure(
+    name: str,
+    procedure: Procedure,
+    settings: PlainSettings,
+    loaded: LoadedModel,
+    drafter: Drafter | None,
+    drive: RandomDrive,
+    ceilings: Ceilings,
+) -> Measurement:
+    """Time one configuration, and compare it with the device's ceilings.
 
     Args:
-        engine: Loaded.
+        name: In `CONFIGURATIONS`.
+        procedure: How.
+        settings: What all configurations have in common, the number of samples among it.
+        loaded: Weights; they stay.
+        drafter: For the configurations with speculative decoding.
         drive: Gives the windows.
-        tokens: Generated tokens per sample, the stop token included. Tokens are drawn as always and then replaced, so
-            drawing them is part of the time.
-        warm_up: Windows that are not counted.
-        runs: Windows that are.
+        ceilings: Of the device.
+
+    Raises:
+        EngineError: A window has no answer.
     """
-    assert engine.loaded is not None
-    model, samples = engine.loaded.model, engine.settings.samples
-    ids = model.config.tokens
-    text = torch.full((samples, tokens), 13)
-    text[:, -1] = ids.future_start
-    engine.script = text.to(model.device)
-    on_gpu = model.device.type == "cuda"
-    times: dict[str, list[float]] = {}
-    prompt_tokens = 0
-    for i in tqdm(range(warm_up + runs), desc=f"{samples} sample(s)", unit="window"):
-        if i == warm_up and on_gpu:
-            torch.cuda.synchronize(model.device)
-            torch.cuda.reset_peak_memory_stats(model.device)
-        prediction = engine.step(drive.window(i))
-        if i >= warm_up:
-            for stage, ms in prediction.timings_ms.items():
-                times.setdefault(stage, []).append(ms)
-            prompt_tokens = int(prediction.metrics["prompt_tokens"])
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else 0
+    configuration, device = CONFIGURATIONS[name], loaded.model.device
+    work = window_workload(loaded, drive, configuration, procedure, settings.samples)
+    floors = stage_floors(
+        loaded.model.config, work, loaded.model.dtype.itemsize, ceilings, drafter.config if drafter else None
+    )
+    engine = make_engine(name, procedure, settings, loaded, drafter)
+    try:
+        start_s = _synchronised_s(device)
+        engine.warm_up()
+        warm_up_s = _synchronised_s(device) - start_s
+        times, peak = _measure_windows(engine, procedure, drive, work.rounds, f"{name}, {settings.samples} sample(s)")
+        start_s = _synchronised_s(device)
+        engine.reset("benchmark")
+        reset_ms = (_synchronised_s(device) - start_s) * 1e3
+    finally:
+        engine.close()
     stages = {stage: StageTimes.of(values) for stage, values in times.items()}
-    return Measurement(samples, tokens, prompt_tokens, runs, stages, peak)
+    return Measurement(name, settings.samples, procedure.runs, work, stages, floors, peak, warm_up_s, reset_ms)
+
+
+def _measure_windows(
+    engine: PlainEngine, procedure: Procedure, drive: RandomDrive, rounds: int | None, title: str
+) -> tuple[dict[str, list[float]], int]:
+    """Milliseconds of every stage, window by window, and the largest memory in use."""
+    device = engine.settings.torch_device
+    times: dict[str, list[float]] = {}
+    for i in tqdm(range(procedure.warm_up + procedure.runs), desc=title, unit="window"):
+        if i == procedure.warm_up and device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        prediction = engine.step(drive.window(i))
+        if i >= procedure.warm_up:
+            for stage, ms in _stages_ms(prediction, rounds).items():
+                times.setdefault(stage, []).append(ms)
+    return times, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _stages_ms(prediction: Prediction, rounds: int | None) -> dict[str, float]:
+    """A window's stages, what they leave of the total, and the total."""
+    stages = dict(prediction.timings_ms)
+    total = stages.pop("total")
+    if rounds is not None:
+        taken = prediction.metrics["draft_rounds"]
+        if not taken:
+            raise EngineError(f"window {prediction.window_id}: the text ended before a speculative round")
+        # A round costs the same whether its guesses are right; a text that took others counts round by round.
+        scaled = stages["decode"] * rounds / taken
+        total += scaled - stages["decode"]
+        stages["decode"] = scaled
+    return {**stages, "other": max(0.0, total - sum(stages.values())), "total": total}
+
+
+def _synchronised_s(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def measure_load(engine: PlainEngine) -> dict[str, float]:
@@ -161,23 +302,3 @@ def measure_load(engine: PlainEngine) -> dict[str, float]:
         found["peak_gib"] = (torch.cuda.max_memory_allocated(device) - before) / GIB
         found["peak_above_weights_gib"] = found["peak_gib"] - found["weights_gib"]
     return found
-
-
-def markdown(report: Report) -> str:
-    """The report as text: one table with a column per stage, and its conditions."""
-    stages = list(dict.fromkeys(s for m in report.measurements for s in m.stages))
-    head = ["samples", "tokens", "windows", "", *stages, "per token", "peak GiB"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for m in report.measurements:
-        for name in ("p50", "p99"):
-            cells = [f"{getattr(m.stages[s], f'{name}_ms'):.1f}" if s in m.stages else "" for s in stages]
-            per_token = getattr(m.stages["decode"], f"{name}_ms") / m.tokens
-            lead = [str(m.samples), str(m.tokens), str(m.windows)] if name == "p50" else ["", "", ""]
-            peak = f"{m.peak_memory_bytes / GIB:.1f}" if name == "p50" and m.peak_memory_bytes else ""
-            lines.append("| " + " | ".join([*lead, name, *cells, f"{per_token:.2f}", peak]) + " |")
-    lines += ["", "Milliseconds. " + "; ".join(f"{k}: {v}" for k, v in report.conditions.items()) + "."]
-    if report.measurements:
-        lines[-1] += f" Prompt of {report.measurements[0].prompt_tokens} tokens."
-    if report.load:
-        lines += ["", "Loading: " + ", ".join(f"{k} {v:.2f}" for k, v in report.load.items()) + "."]
-    return "\n".join(lines)

@@ -9,6 +9,7 @@ over clips, and intervals are bootstrapped over clips, because windows of one cl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -198,6 +199,23 @@ def compare(
         _estimate(float(difference.mean()), resampled, clips),
         _estimate(float(difference.mean() / baseline.mean()), relative, clips),
     )
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Distribution of one figure."""
+
+    count: int
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Percentiles:
+        """Percentiles of at least one value."""
+        p50, p95, p99 = (round(float(v), 3) for v in np.percentile(values, (50, 95, 99)))
+        return cls(len(values), p50, p95, p99, round(float(max(values)), 3))
 
 
 def _checked(paths: NDArray[np.floating], truth: NDArray[np.floating]) -> tuple[Floats, Floats]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.runtime.bag import DIAGNOSTICS, messages, open_bag
 from flashdrive_node.runtime.rig import Rig
 
@@ -34,23 +35,6 @@ _NOT_COMPUTED = ("superseded", "discarded", "failed", "closed")
 #: States of the inference in which a window reached the engine.
 _ANSWERED = ("running", "withheld", "engine error", "hanging")
 _LEVELS = ("OK", "WARN", "ERROR", "STALE")
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Distribution of one figure."""
-
-    count: int
-    p50: float
-    p95: float
-    p99: float
-    max: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Percentiles:
-        """Percentiles of at least one value."""
-        p50, p95, p99 = (round(float(v), 3) for v in np.percentile(values, (50, 95, 99)))
-        return cls(len(values), p50, p95, p99, round(float(max(values)), 3))
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from flashdrive_node.evaluation import html
+from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.evaluation.replay_report import (
     Outputs,
-    Percentiles,
     ReplayReport,
     read_driven_path,
     read_outputs,
 )
 from flashdrive_node.runtime.rig import Rig
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 1.8em; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; } td, th { padding: .2em .9em .2em 0; text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.note { background: #fff4d6; border-left: 4px solid #e0a030; padding: .6em 1em; margin: 1em 0; }
-.bad { background: #fbe3e3; border-left: 4px solid #c63a3a; padding: .6em 1em; white-space: pre-wrap; }
-.ERROR { color: #b02020; } .WARN { color: #a06800; } img { max-width: 100%; } small { color: #666; }
-"""
 
 
 def write_report(report: ReplayReport, rig: Rig, folder: Path) -> dict[str, Path]:
@@ -80,35 +70,34 @@ def page(report: ReplayReport, records: Sequence[dict[str, Any]], picture: bytes
     parts += [f"<p class='note'>{escape(note)}</p>" for note in report.notes]
     if report.problem:
         parts.append(f"<p class='bad'>{escape(report.problem)}</p>")
-    parts.append(_table([("published", report.published), *_flat(report)]))
+    parts.append(html.table([("published", report.published), *_flat(report)]))
     if picture is not None:
-        data = base64.b64encode(picture).decode("ascii")
-        parts.append(f"<img alt='summary plots' src='data:image/png;base64,{data}'>")
+        parts.append(html.image(picture, "summary plots"))
     rows = _latency_rows(report)
     if rows:
         parts.append("<h2>Latency</h2>")
         figures = [(label, v.count, v.p50, v.p95, v.p99, v.max) for label, v in rows]
-        parts.append(_table(figures, ("[ms]", "windows", "p50", "p95", "p99", "max")))
+        parts.append(html.table(figures, ("[ms]", "windows", "p50", "p95", "p99", "max")))
         parts.append("<small>Age is on the clock of the recording; the stages are on the machine's clock.</small>")
     if report.frames:
         parts.append("<h2>Frames</h2>")
         keys = list(dict.fromkeys(key for frames in report.frames.values() for key in frames))
-        parts.append(_table([(c, *(f.get(k, 0) for k in keys)) for c, f in report.frames.items()], ("camera", *keys)))
+        parts.append(
+            html.table([(c, *(f.get(k, 0) for k in keys)) for c, f in report.frames.items()], ("camera", *keys))
+        )
     parts.append("<h2>States</h2>")
     changes = [(f"{c.time_s:.2f} s", c.part, c.level, c.text) for c in report.changes[:200]]
-    parts.append(_table(changes, ("time", "part", "level", "text")) if changes else "<p>none reported</p>")
+    parts.append(html.table(changes, ("time", "part", "level", "text")) if changes else "<p>none reported</p>")
     if records:
         parts.append("<h2>Reasoning</h2>")
         start, step = records[0]["t0_ns"], max(1, len(records) // 15)
         texts = [(f"{(r['t0_ns'] - start) / 1e9:.1f} s", r["nav_text"] or "", r["reasoning"]) for r in records[::step]]
-        parts.append(_table(texts, ("t0", "navigation", "reasoning")))
+        parts.append(html.table(texts, ("t0", "navigation", "reasoning")))
     parts.append("<h2>Conditions</h2>")
-    parts.append(_table([*report.conditions.items(), ("rig", report.rig), *report.engine.items(), *_played(report)]))
-    body = "\n".join(parts)
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>flashdrive_node replay</title>"
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    parts.append(
+        html.table([*report.conditions.items(), ("rig", report.rig), *report.engine.items(), *_played(report)])
     )
+    return html.page("flashdrive_node replay", parts)
 
 
 def _latency_rows(report: ReplayReport) -> list[tuple[str, Percentiles]]:
@@ -138,18 +127,3 @@ def _played(report: ReplayReport) -> list[tuple[str, Any]]:
 
 def _causes(counts: dict[str, int]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in counts.items() if count) or "none"
-
-
-def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    lines = ["<table>"]
-    if head:
-        lines.append("<tr>" + "".join(f"<th{_kind(h, i)}>{escape(h)}</th>" for i, h in enumerate(head)) + "</tr>")
-    for row in rows:
-        lines.append("<tr>" + "".join(f"<td{_kind(v, i)}>{escape(str(v))}</td>" for i, v in enumerate(row)) + "</tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-def _kind(value: Any, column: int) -> str:
-    if value in ("ERROR", "WARN"):
-        return f" class='{value}'"
-    return " class='n'" if column and isinstance(value, int | float) else ""

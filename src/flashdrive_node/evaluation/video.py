@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdrive_node.evaluation.replay_report import DrivenPath
-from flashdrive_node.runtime.bag import COMPRESSED_IMAGE, messages, open_bag, select
+from flashdrive_node.runtime.bag import header_stamp_ns, messages, open_bag, raw_image, select
 from flashdrive_node.runtime.decode import decode_image
-from flashdrive_node.runtime.observation import RawImage
 from flashdrive_node.runtime.rig import Rig
 
 Picture = NDArray[np.uint8]
@@ -116,22 +115,15 @@ def _windows(bag: Path, rig: Rig, records: list[dict[str, Any]]) -> Iterator[tup
         connections = [c for c in select(reader, rig) if c.topic in wanted]
         for connection, _, raw in messages(reader, connections):
             message: Any = reader.deserialize(raw, connection.msgtype)
-            stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+            stamp = header_stamp_ns(message)
             number = wanted[connection.topic].get(stamp, -1)
             if number < turn:
                 continue
-            image = decode_image(_raw_image(message, connection.msgtype, stamp))
+            image = decode_image(raw_image(message, connection.msgtype))
             waiting.setdefault(number, {})[names[connection.topic]] = _fit(image)
             while turn < len(records) and len(waiting.get(turn, {})) == needed[turn]:
                 yield records[turn], waiting.pop(turn)
                 turn += 1
-
-
-def _raw_image(message: Any, message_type: str, stamp_ns: int) -> RawImage:
-    if message_type == COMPRESSED_IMAGE:
-        return RawImage(stamp_ns, 0, message.format, 0, 0, 0, False, message.data.data)
-    big = bool(message.is_bigendian)
-    return RawImage(stamp_ns, 0, message.encoding, message.width, message.height, message.step, big, message.data.data)
 
 
 def _fit(image: Picture) -> Picture:

@@ -43,8 +43,8 @@ class ActionInProj(nn.Module):
         self.register_buffer("frequencies", fourier_frequencies(config).expand(channels + 1, -1).clone())
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Noisy actions [N, channels] and flow time (scalar) in float32 -> waypoint embeddings [N, out_size]."""
-        values = torch.cat((x, t.reshape(1, 1).expand(x.shape[0], 1)), dim=-1)
+        """Noisy actions [N, channels] and flow time (scalar or [N]) in float32 -> waypoint embeddings [N, out_size]."""
+        values = torch.cat((x, t.reshape(-1, 1).expand(x.shape[0], 1)), dim=-1)
         angles = values[..., None] * self.frequencies * 2 * torch.pi  # [N, channels + 1, frequencies]
         y = (torch.cat((angles.sin(), angles.cos()), dim=-1) * math.sqrt(2)).flatten(1)
         for dense, norm in zip(self.linears[:-1], self.norms, strict=True):

@@ -169,10 +169,7 @@ def decode(
     stopped = torch.zeros(rows, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
     while True:
-        if rule.forbidden is not None:
-            first, count = rule.forbidden
-            logits = logits.clone()
-            logits[:, first : first + count] = -torch.inf
+        logits = forbid(logits, rule)
         if observe:
             observe("logits_masked", logits)
         step = len(tokens)
@@ -196,10 +193,21 @@ def decode(
         elif bool((stopped | ended).all()):
             break
         logits = model.language.logits(hidden)
-    return _generated(torch.stack(tokens, dim=1), rule)
+    return collect_generated(torch.stack(tokens, dim=1), rule)
 
 
-def _generated(tokens: Tensor, rule: StopRule) -> Generated:
+def forbid(logits: Tensor, rule: StopRule) -> Tensor:
+    """Logits [rows, vocabulary] with the tokens that are never generated at -inf."""
+    if rule.forbidden is None:
+        return logits
+    first, count = rule.forbidden
+    logits = logits.clone()
+    logits[:, first : first + count] = -torch.inf
+    return logits
+
+
+def collect_generated(tokens: Tensor, rule: StopRule) -> Generated:
+    """What counts of generated tokens [rows, steps]."""
     lengths, stopped = [], []
     for row in tokens.tolist():
         ends = [row.index(t) + 1 for t in (rule.stop, rule.end_of_turn) if t is not None and t in row]

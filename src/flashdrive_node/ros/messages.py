@@ -7,6 +7,7 @@ through the odometry pose at t0 and never through the current one. Stamps of out
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -59,6 +60,26 @@ def odometry_sample(message: Odometry) -> OdometrySample:
         linear_velocity=(v.x, v.y, v.z),
         angular_velocity=(w.x, w.y, w.z),
     )
+
+
+def odometry_message(
+    time_ns: int, frame: str, base_frame: str, pose: tuple[float, float, float], speed: float, yaw_rate: float
+) -> Odometry:
+    """Motion in the plane.
+
+    Args:
+        time_ns: Stamp.
+        frame, base_frame: Names of the frame of the pose, and of the vehicle's own.
+        pose: x, y (metres) and yaw (radians) in ``frame``.
+        speed: Forwards, m/s.
+        yaw_rate: To the left, rad/s.
+    """
+    message = Odometry(header=Header(stamp=stamp_message(time_ns), frame_id=frame), child_frame_id=base_frame)
+    x, y, yaw = pose
+    message.pose.pose.position = Point(x=x, y=y)
+    message.pose.pose.orientation = Quaternion(z=math.sin(yaw / 2), w=math.cos(yaw / 2))
+    message.twist.twist.linear.x, message.twist.twist.angular.z = speed, yaw_rate
+    return message
 
 
 @dataclass(frozen=True)

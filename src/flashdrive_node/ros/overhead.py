@@ -15,7 +15,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import rclpy
-from builtin_interfaces.msg import Time
 from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from rclpy.node import Node
@@ -24,7 +23,8 @@ from sensor_msgs.msg import CompressedImage
 from std_msgs.msg import String
 
 from flashdrive_node.evaluation.drawn_scene import Drive
-from flashdrive_node.evaluation.replay_report import Percentiles
+from flashdrive_node.evaluation.metrics import Percentiles
+from flashdrive_node.ros.messages import odometry_message, stamp_message
 from flashdrive_node.ros.session import Session, SessionOptions
 from flashdrive_node.ros.topics import NODE_NAME
 from flashdrive_node.runtime.rig import load_rig
@@ -210,7 +210,7 @@ def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, secon
             odometry.publish(_odometry(drive, samples / _ODOMETRY_HZ, start_ns, rig.base_frame))
             samples += 1
         elif now >= bursts / rate_hz:
-            stamp = _stamp(start_ns + round(bursts / rate_hz * 1e9))
+            stamp = stamp_message(start_ns + round(bursts / rate_hz * 1e9))
             for index, publisher in images.items():
                 message = CompressedImage(format="jpeg")
                 message.header.stamp = stamp
@@ -233,18 +233,8 @@ def _jpeg(picture: NDArray[np.uint8], noise: NDArray[np.float64]) -> bytes:
 
 def _odometry(drive: Drive, time_s: float, start_ns: int, base_frame: str) -> Odometry:
     ego = drive.ego(time_s)
-    message = Odometry(child_frame_id=base_frame)
-    message.header.frame_id = "odom"
-    message.header.stamp = _stamp(start_ns + round(time_s * 1e9))
-    message.pose.pose.position.x, message.pose.pose.position.y = ego.x, ego.y
-    message.pose.pose.orientation.z = float(np.sin(ego.yaw / 2))
-    message.pose.pose.orientation.w = float(np.cos(ego.yaw / 2))
-    message.twist.twist.linear.x, message.twist.twist.angular.z = ego.speed, ego.yaw_rate
-    return message
-
-
-def _stamp(time_ns: int) -> Time:
-    return Time(sec=time_ns // 1_000_000_000, nanosec=time_ns % 1_000_000_000)
+    stamp_ns = start_ns + round(time_s * 1e9)
+    return odometry_message(stamp_ns, "odom", base_frame, (ego.x, ego.y, ego.yaw), ego.speed, ego.yaw_rate)
 
 
 def main(argv: list[str] | None = None) -> int:

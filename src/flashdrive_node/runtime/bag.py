@@ -14,6 +14,7 @@ from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
 from rosbags.typesys import Stores, get_typestore
 
+from flashdrive_node.runtime.observation import OdometrySample, RawImage
 from flashdrive_node.runtime.rig import Rig
 
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
@@ -76,6 +77,35 @@ def messages(
             f"{reader.paths[0]}: damaged after {at_s:.3f} s of {reader.duration / 1e9:.3f} s "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def header_stamp_ns(message: Any) -> int:
+    """Header stamp of a deserialised message, nanoseconds."""
+    return int(message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec)
+
+
+def raw_image(message: Any, message_type: str) -> RawImage:
+    """A deserialised image message, compressed or raw."""
+    stamp_ns = header_stamp_ns(message)
+    if message_type == COMPRESSED_IMAGE:
+        return RawImage(stamp_ns, 0, message.format, 0, 0, 0, False, message.data.data)
+    big = bool(message.is_bigendian)
+    return RawImage(stamp_ns, 0, message.encoding, message.width, message.height, message.step, big, message.data.data)
+
+
+def odometry_sample(message: Any) -> OdometrySample:
+    """A deserialised nav_msgs/Odometry."""
+    pose, twist = message.pose.pose, message.twist.twist
+    p, q, v, w = pose.position, pose.orientation, twist.linear, twist.angular
+    return OdometrySample(
+        stamp_ns=header_stamp_ns(message),
+        frame_id=message.header.frame_id,
+        child_frame_id=message.child_frame_id,
+        position=(p.x, p.y, p.z),
+        orientation_xyzw=(q.x, q.y, q.z, q.w),
+        linear_velocity=(v.x, v.y, v.z),
+        angular_velocity=(w.x, w.y, w.z),
+    )
 
 
 def rig_topics(rig: Rig) -> dict[str, tuple[str, bool]]:

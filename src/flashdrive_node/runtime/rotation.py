@@ -52,3 +52,19 @@ def slerp(a: Array, b: Array, fraction: Array) -> Array:
     safe = np.where(near, 1.0, sine)
     q = np.where(near, (1 - t) * a + t * b, (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / safe)
     return q / np.linalg.norm(q, axis=-1, keepdims=True)
+
+
+def quaternion_from_matrix(rotation: Array) -> Array:
+    """The unit quaternion [4], x y z w with w >= 0, nearest to a rotation matrix [3, 3] (Bar-Itzhack, 2000)."""
+    m = rotation
+    k = np.array(
+        [
+            [m[0, 0] - m[1, 1] - m[2, 2], 0.0, 0.0, 0.0],
+            [m[0, 1] + m[1, 0], m[1, 1] - m[0, 0] - m[2, 2], 0.0, 0.0],
+            [m[0, 2] + m[2, 0], m[1, 2] + m[2, 1], m[2, 2] - m[0, 0] - m[1, 1], 0.0],
+            [m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1], m[0, 0] + m[1, 1] + m[2, 2]],
+        ]
+    )
+    # The eigenvector of the largest eigenvalue; eigh reads the lower triangle alone.
+    q = np.linalg.eigh(k)[1][:, -1]
+    return np.asarray(-q if q[3] < 0 else q, np.float64)

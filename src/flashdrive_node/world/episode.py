@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,11 @@ class Episode:
 
     def history(self, step: int) -> tuple[Tensor, Tensor]:
         """Ego positions [S, 16, 3] and rotations [S, 16, 3, 3] up to a step, float32, in the vehicle frame there."""
-        return _poses(self.states[step - HISTORY + 1 : step + 1], self.states[step])
+        return relative_poses(self.states[step - HISTORY + 1 : step + 1], self.states[step])
 
     def future(self, step: int) -> tuple[Tensor, Tensor]:
         """Ego positions [S, 64, 3] and rotations [S, 64, 3, 3] from 0.1 s on, in the vehicle frame of the step."""
-        return _poses(self.states[step + 1 : step + FUTURE + 1], self.states[step])
+        return relative_poses(self.states[step + 1 : step + FUTURE + 1], self.states[step])
 
     def actions(self, step: int) -> Tensor:
         """Acceleration and curvature that were driven from a step on: [S, 64, 2], m/s^2 and 1/m, float64."""
@@ -95,7 +96,8 @@ def record(scene: Scene, steps: int) -> Episode:
     return Episode(scene, states, decisions, sights, wrong)
 
 
-def _poses(states: list[State], frame: State) -> tuple[Tensor, Tensor]:
+def relative_poses(states: Sequence[State], frame: State) -> tuple[Tensor, Tensor]:
+    """Ego positions [S, T, 3], metres, and rotations [S, T, 3, 3] of T moments in the vehicle frame of one, float32."""
     x = torch.stack([s.x for s in states], dim=1) - frame.x[:, None]
     y = torch.stack([s.y for s in states], dim=1) - frame.y[:, None]
     c, s = frame.yaw.cos()[:, None], frame.yaw.sin()[:, None]

@@ -11,6 +11,7 @@ from flashdrive_node.world.scene import (
     EGO_FRONT_M,
     EGO_REAR_M,
     EGO_WIDTH_M,
+    LANE_M,
     Control,
     Kind,
     Light,
@@ -38,39 +39,75 @@ class Faults(NamedTuple):
         return torch.stack(tuple(self)).any(dim=0)
 
 
+class Contacts(NamedTuple):
+    """What the ego's body touches at one moment, by where and whether it moves itself: bool [S] each.
+
+    Vehicles, cyclists and cones; a standing ego is touched, it touches nobody.
+    """
+
+    #: With its front.
+    front: Tensor
+    #: With its side.
+    side: Tensor
+    #: From behind, or while it stands.
+    suffered: Tensor
+    #: A pedestrian, anywhere.
+    pedestrian: Tensor
+
+
 def no_faults(scene: Scene) -> Faults:
     """A clean sheet."""
     return Faults(*(torch.zeros(len(scene), dtype=torch.bool, device=scene.device) for _ in Faults._fields))
 
 
-def faults(scene: Scene, before: State, after: State) -> Faults:
-    """What went wrong in a step."""
+def contacts(scene: Scene, state: State) -> Contacts:
+    """Whom the ego touches."""
     agents = scene.agents
-    x, y, yaw = agent_poses(scene, after)
-    mx, my = ego_middle(after)
+    x, y, yaw = agent_poses(scene, state)
+    mx, my = ego_middle(state)
+    length = EGO_FRONT_M + EGO_REAR_M
     touching = boxes_overlap(
-        (mx[:, None], my[:, None], after.yaw[:, None], EGO_FRONT_M + EGO_REAR_M, EGO_WIDTH_M),
+        (mx[:, None], my[:, None], state.yaw[:, None], length, EGO_WIDTH_M),
         (x, y, yaw, agents.length, agents.width),
     )
     touching = touching & (agents.kind != int(Kind.NOTHING))
     person = agents.kind == int(Kind.PEDESTRIAN)
-    ahead = (x - mx[:, None]) * after.yaw.cos()[:, None] + (y - my[:, None]) * after.yaw.sin()[:, None]
+    ahead = (x - mx[:, None]) * state.yaw.cos()[:, None] + (y - my[:, None]) * state.yaw.sin()[:, None]
+    moving = (state.speed > 0.2)[:, None]
     # From its middle forward, and moving: what runs into a standing or slower ego from behind is not its fault.
-    front = (ahead > 0.8) & (after.speed > 0.2)[:, None]
-    left = torch.maximum(*_corner_d(scene, after)[:2])
-    right = torch.minimum(*_corner_d(scene, after)[2:])
+    front = moving & (ahead > 0.8)
+    side = moving & ~front & (ahead > -0.5 * length)
+    return Contacts(
+        front=(touching & ~person & front).any(dim=1),
+        side=(touching & ~person & side).any(dim=1),
+        suffered=(touching & ~person & ~front & ~side).any(dim=1),
+        pedestrian=(touching & person & moving).any(dim=1),
+    )
+
+
+def faults(scene: Scene, before: State, after: State, touched: Contacts | None = None) -> Faults:
+    """What went wrong in a step; `touched` is `contacts(scene, after)` where that is known."""
+    touched = touched or contacts(scene, after)
+    corners = _corner_d(scene, after)
+    left, right = torch.maximum(*corners[:2]), torch.minimum(*corners[2:])
     edge = scene.right_edge(torch.stack((after.s, after.front_s), dim=1)).amax(dim=1)
     off = (left > scene.left_edge + 0.15) | (right < edge - 0.15)
     crossed = (before.front_s <= scene.stop_line_s) & (after.front_s > scene.stop_line_s)
     red = scene.light(after.time_s) == int(Light.RED)
     return Faults(
-        front_collision=(touching & front & ~person).any(dim=1),
-        other_collision=(touching & ~front & ~person).any(dim=1),
-        pedestrian=(touching & person & (after.speed > 0.2)[:, None]).any(dim=1),
+        front_collision=touched.front,
+        other_collision=touched.side | touched.suffered,
+        pedestrian=touched.pedestrian,
         off_road=off,
         red_light=crossed & red & (scene.control == int(Control.LIGHT)),
         stop_sign=crossed & ~before.stopped & (scene.control == int(Control.STOP_SIGN)),
     )
+
+
+def out_of_lane(scene: Scene, state: State) -> Tensor:
+    """Whether a corner of the ego's body is beyond the edges of the lane that its rear axle is in: bool [S]."""
+    middle = LANE_M * (state.d / LANE_M).round()
+    return (torch.stack(_corner_d(scene, state), dim=1) - middle[:, None]).abs().amax(dim=1) > 0.5 * LANE_M
 
 
 def _corner_d(scene: Scene, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:

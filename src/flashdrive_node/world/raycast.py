@@ -10,8 +10,14 @@ from torch import Tensor
 from flashdrive_node.world.camera import Rays
 from flashdrive_node.world.solids import Solids
 
+try:
+    from flashdrive_node.world import triton_raycast
+except ImportError:  # Triton comes with the GPU builds of PyTorch only
+    triton_raycast = None  # type: ignore[assignment]
+
 #: Solids of each shape that are tested per tile of an image, nearest first.
 BOXES_PER_TILE, ROUNDS_PER_TILE = 26, 22
+_SHADOW_BOXES, _SHADOW_ROUNDS = 12, 8
 _NEAR_M = 0.2
 FAR_M = 1e4
 
@@ -54,6 +60,8 @@ def nearest_per_tile(
 
 def cast(solids: Solids, rays: Rays) -> Hit:
     """The nearest solid along every ray."""
+    if _in_kernels(solids):
+        return _cast_in_kernel(solids, rays)
     scenes, tiles, pixels = solids.cos.shape[0], *rays.direction.shape[:2]
     best = torch.full((scenes, tiles, pixels), FAR_M, device=solids.cos.device)
     which = torch.zeros((scenes, tiles, pixels), dtype=torch.long, device=best.device)
@@ -76,6 +84,35 @@ def _needed(there: Tensor) -> int:
     if there.device.type != "cpu" or torch.compiler.is_compiling():
         return there.shape[2]
     return int(there.sum(dim=2).max())
+
+
+def _in_kernels(solids: Solids) -> bool:
+    """Whether the loops over solids run as kernels: in compiled rendering on a GPU."""
+    return triton_raycast is not None and solids.cos.is_cuda and torch.compiler.is_compiling()
+
+
+def _cast_in_kernel(solids: Solids, rays: Rays) -> Hit:
+    lists, indices = [], []
+    for is_round, count in ((False, BOXES_PER_TILE), (True, ROUNDS_PER_TILE)):
+        listed, there = nearest_per_tile(solids, rays, is_round, 0.0, count)
+        one = take(solids, listed)
+        offset = rays.origin - one.centre
+        x, y, z = offset.unbind(-1)
+        origin = torch.stack((one.cos * x + one.sin * y, one.cos * y - one.sin * x, z), dim=-1)
+        half = one.half.clamp(min=1e-3) if is_round else one.half
+        lists.append((_listed(one, origin / half if is_round else origin, half), there.sum(dim=2, dtype=torch.int32)))
+        indices.append(listed)
+    (boxes, box_count), (rounds, round_count) = lists
+    distance, slot = triton_raycast.cast_tiles(
+        rays.direction.contiguous(), boxes, rounds, box_count, round_count, _NEAR_M, FAR_M
+    )
+    which = torch.cat(indices, dim=2).gather(2, slot.clamp(min=0).long())
+    return Hit(distance, torch.where(slot < 0, torch.zeros_like(which), which))
+
+
+def _listed(one: Solids, place: Tensor, half: Tensor) -> Tensor:
+    """What the kernels read of solids [S, T, K]: float32 [S, T, K, 8]."""
+    return torch.cat((one.cos[..., None], one.sin[..., None], place, half), dim=-1).contiguous()
 
 
 def take(solids: Solids, index: Tensor) -> Solids:
@@ -144,8 +181,16 @@ def shade_on_ground(solids: Solids, rays: Rays, x: Tensor, y: Tensor, sun: Tenso
     flat = torch.sqrt(sun[:, 0] ** 2 + sun[:, 1] ** 2) / sun[:, 2].clamp(min=0.1)
     top = solids.centre[..., 2] + solids.half[..., 2]
     reach = (top * flat[:, None]).clamp(max=25.0)
+    if _in_kernels(solids):
+        lists = []
+        for is_round, count in ((False, _SHADOW_BOXES), (True, _SHADOW_ROUNDS)):
+            listed, there = nearest_per_tile(solids, rays, is_round, reach, count)
+            one = take(solids, listed)
+            lists.append((_listed(one, one.centre, one.half.clamp(min=1e-3)), there.sum(dim=2, dtype=torch.int32)))
+        (boxes, box_count), (rounds, round_count) = lists
+        return triton_raycast.shade_tiles(x, y, sun, boxes, rounds, box_count, round_count)
     toward = sun[:, None, None, None, :].expand(-1, 1, 1, 1, -1)[:, 0]
-    for is_round, count in ((False, 12), (True, 8)):
+    for is_round, count in ((False, _SHADOW_BOXES), (True, _SHADOW_ROUNDS)):
         listed, there = nearest_per_tile(solids, rays, is_round, reach, count)
         for i in range(_needed(there)):
             one, valid = take(solids, listed[:, :, i]), there[:, :, i, None]

@@ -13,21 +13,26 @@ from flashdrive_node.world.state import State, feasible, first_state, unicycle
 from flashdrive_node.world.traffic import advance_agents
 
 
-def advance(scene: Scene, state: State, action: Tensor | None = None) -> tuple[State, Decision]:
+def advance(
+    scene: Scene, state: State, action: Tensor | None = None, disturbance: Tensor | None = None
+) -> tuple[State, Decision]:
     """One step of DT_S.
 
     Args:
         scene, state: S scenes.
         action: Acceleration and curvature of the ego [S, 2], m/s^2 and 1/m; without it the expert drives.
+        disturbance: Added to the expert's action where it drives [S, 2], m/s^2 and 1/m.
 
     Returns:
         The next state, and the expert's decision in the present one (whoever drives).
     """
     decision = decide(scene, state)
-    if action is None:
+    if action is None and disturbance is None:
         accel, curvature = decision.accel, decision.curvature
     else:
-        accel, curvature = feasible(action[:, 0], action[:, 1], state.speed)
+        wish = torch.stack((decision.accel, decision.curvature), dim=1) if action is None else action
+        wish = wish if disturbance is None else wish + disturbance
+        accel, curvature = feasible(wish[:, 0], wish[:, 1], state.speed)
     x, y, yaw, speed = unicycle(state.x, state.y, state.yaw, state.speed, accel, curvature)
     point = scene.road.project(x[:, None], y[:, None], state.s[:, None])
     line = scene.stop_line_s - state.front_s

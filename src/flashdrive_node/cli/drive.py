@@ -1,0 +1,153 @@
+"""``flashdrive drive``: let a checkpoint drive in the procedural world, and score it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.evaluation import drive_report, open_loop_report
+from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
+from flashdrive_node.evaluation.devices import Work, devices_of, spread
+from flashdrive_node.evaluation.drive_report import DriveReport
+from flashdrive_node.evaluation.open_loop import OpenLoopWork
+from flashdrive_node.evaluation.open_loop_report import OpenLoopReport
+from flashdrive_node.evaluation.policies import EXPERT, HISTORY, MODEL, POLICIES
+from flashdrive_node.evaluation.world_windows import WindowChoice
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.sampling import SamplingSettings
+from flashdrive_node.world.draws import SPLITS
+
+Row = TypeVar("Row")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    standard = RunSettings()
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint directory or Hugging Face id, for the model")
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        choices=POLICIES,
+        default=list(POLICIES),
+        metavar="NAME",
+        help=f"who drives, one after the other: {', '.join(POLICIES)} (default: all of them)",
+    )
+    parser.add_argument(
+        "--open-loop",
+        action="store_true",
+        help="do not drive: plan at moments of the expert's drives, and compare paths and stated decisions",
+    )
+    parser.add_argument("--split", choices=sorted(SPLITS), default=standard.split, help="scenes (default: test)")
+    parser.add_argument("--scenes", type=int, default=500, help="how many (default: 500)")
+    parser.add_argument("--first", type=int, default=0, help="index of the first one (default: 0)")
+    parser.add_argument("--seconds", type=float, default=standard.seconds, help="length of a drive (default: 20)")
+    parser.add_argument(
+        "--replan", type=int, default=standard.replan, metavar="STEPS", help="steps of 0.1 s between plans (default: 1)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=standard.policy_batch, help="windows that the model gets at once (default: 256)"
+    )
+    parser.add_argument("--size", default="288x160", help="width x height of the pictures (default: 288x160)")
+    parser.add_argument("--device", default="auto", help="devices, with commas (default: all GPUs, or the CPU)")
+    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto")
+    parser.add_argument("--samples", type=int, help="trajectories per plan (default: 1; open loop: 6)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the reasoning (default: 0, greedy)")
+    parser.add_argument("--flow-steps", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's noise (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write closed_loop or open_loop .json, .md and .png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Drive, print the tables and write the files."""
+    needy = sorted({MODEL, HISTORY}.intersection(args.policy))
+    if needy and args.checkpoint is None:
+        raise InputError(f"a checkpoint is required for {' and '.join(needy)}; or choose others with --policy")
+    if args.scenes < 1:
+        raise InputError(f"--scenes must be at least 1, found {args.scenes}")
+    return _open_loop(args) if args.open_loop else _closed_loop(args)
+
+
+def _closed_loop(args: argparse.Namespace) -> int:
+    settings = RunSettings(args.split, args.seconds, args.replan, policy_batch=args.batch)
+    rows, wall_s = _spread(args, lambda policy: ClosedLoopWork(policy, _model(args), settings, _size(args.size)))
+    report = DriveReport(settings, rows, _conditions(args, wall_s))
+    print(drive_report.markdown(report))
+    if args.out is not None:
+        from flashdrive_node.evaluation.drive_figure import figure_png
+
+        _write(args.out, "closed_loop", drive_report.as_json(report), drive_report.markdown(report), figure_png(report))
+    return 0
+
+
+def _open_loop(args: argparse.Namespace) -> int:
+    args.policy = [policy for policy in args.policy if policy != EXPERT]
+    if not args.policy:
+        raise InputError("open loop measures against the expert; another --policy is required")
+    choice = WindowChoice(args.split, seed=args.seed)
+    rows, wall_s = _spread(
+        args, lambda policy: OpenLoopWork(policy, _model(args), choice, args.batch, _size(args.size))
+    )
+    report = OpenLoopReport(choice, rows, _conditions(args, wall_s))
+    print(open_loop_report.markdown(report))
+    if args.out is not None:
+        from flashdrive_node.evaluation.open_loop_figure import figure_png
+
+        text = open_loop_report.markdown(report)
+        _write(args.out, "open_loop", open_loop_report.as_json(report), text, figure_png(report))
+    return 0
+
+
+def _spread(
+    args: argparse.Namespace, work_of: Callable[[str], Work[Row]]
+) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """Rows and wall time by policy."""
+    rows, wall_s = {}, {}
+    indices = range(args.first, args.first + args.scenes)
+    for policy in args.policy:
+        begun = time.perf_counter()
+        rows[policy] = spread(work_of(policy), indices, devices_of(args.device), policy)
+        wall_s[policy] = round(time.perf_counter() - begun, 1)
+    return rows, wall_s
+
+
+def _conditions(args: argparse.Namespace, wall_s: dict[str, float]) -> dict[str, Any]:
+    names = ("checkpoint", "first", "scenes", "size", "precision", "temperature", "flow_steps", "seed")
+    found = {name: getattr(args, name) for name in names}
+    return {**found, "samples": _samples(args), "devices": devices_of(args.device), "wall_s": wall_s}
+
+
+def _write(out: Path, name: str, values: dict[str, Any], text: str, picture: bytes) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (out / f"{name}.png").write_bytes(picture)
+    print(f"written to {out}")
+
+
+def _samples(args: argparse.Namespace) -> int:
+    """Several show what `minADE` needs; driving takes one."""
+    return int(args.samples or (6 if args.open_loop else 1))
+
+
+def _model(args: argparse.Namespace) -> PlainSettings:
+    return PlainSettings(
+        checkpoint=str(args.checkpoint),
+        precision=args.precision,
+        samples=_samples(args),
+        sampling=SamplingSettings(temperature=args.temperature, max_length=64),
+        flow_steps=args.flow_steps,
+        seed=args.seed,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(side) for side in text.split("x"))
+    except ValueError:
+        raise InputError(f"--size must be WIDTHxHEIGHT, found {text!r}") from None
+    return width, height

@@ -1,0 +1,28 @@
+"""Matrix products of few rows, whose time is the reading of the weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashdrive_node.engine.kernels.backend import uses_triton
+
+#: Rows up to which the own kernel is tried.
+MAX_ROWS = 64
+
+
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.linear` without bias, for few rows: x [M, K], weight [N, K] -> [M, N] in x's type.
+
+    Sums are taken in float32 and rounded once, in another order than cuBLAS's.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"linear: x [M, K] and weight [N, K] of one type are required, found {list(x.shape)} {x.dtype} and "
+            f"{list(weight.shape)} {weight.dtype}"
+        )
+    if uses_triton(x) and len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
+        from flashdrive_node.engine.kernels.triton_linear import skinny_linear as run
+
+        return run(x, weight)
+    return linear(x, weight)

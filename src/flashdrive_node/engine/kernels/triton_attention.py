@@ -1,0 +1,233 @@
+"""Attention of a few queries to many slots in Triton: the slots are split among programs, then the parts are joined.
+
+The query heads that share a key/value head are rows of one tile, so keys and values are read once per tile and the
+products run on matrix units. A tile walks over blocks of slots that some of its rows see: first blocks below every
+row's limit, without a mask; then the rest of the limits and the spans, with one. Which blocks these are is computed
+on the device from limits and spans.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The device functions' arguments are pointers and numbers of Triton's own types.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.visibility import Visible
+
+#: Larger than any slot.
+_FAR = tl.constexpr(2**30)
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of one launch."""
+
+    #: Rows (queries times heads of a group) and slots per step.
+    rows: int
+    block: int
+    #: Programs that share the slots of a tile.
+    splits: int
+    warps: int
+    stages: int
+
+
+def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) -> Tiling:
+    """A tiling for a shape, found by measuring on an H200."""
+    packed = tokens * group
+    rows = 16 if packed <= 16 else 32 if packed <= 32 else 64 if packed <= 2048 else 128
+    tiles = triton.cdiv(packed, rows) * kv_heads
+    block = 64
+    splits = max(1, min(processors // tiles, triton.cdiv(slots, 2 * block)))
+    return Tiling(rows, block, splits, warps=8 if rows == 128 else 4, stages=3)
+
+
+def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None) -> Tensor:
+    """See `attention.attend_visible`; `chosen` replaces the tiling, for measurements."""
+    tokens, heads, dim = q.shape
+    kv_heads, slots, _ = keys.shape
+    group = heads // kv_heads
+    t = chosen or tiling(tokens, group, kv_heads, slots, multiprocessors(q.device))
+    out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
+    if t.splits == 1:
+        parts, sums = out, out  # unused
+    else:
+        parts = torch.empty(t.splits, tokens * heads, dim, dtype=torch.float32, device=q.device)
+        sums = torch.empty(t.splits, tokens * heads, dtype=torch.float32, device=q.device)
+    _attend[(triton.cdiv(tokens * group, t.rows), kv_heads, t.splits)](
+        q,
+        keys,
+        values,
+        visible.limits,
+        visible.spans,
+        out,
+        parts,
+        sums,
+        tokens,
+        q.stride(0),
+        q.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        _LOG2_E * dim**-0.5,
+        GROUP=group,
+        HEADS=heads,
+        DIM=dim,
+        SPANS=visible.spans.shape[1],
+        ROWS=t.rows,
+        BLOCK=t.block,
+        SPLITS=t.splits,
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
+    if t.splits > 1:
+        _join[(tokens * heads,)](
+            parts,
+            sums,
+            out,
+            tokens * heads,
+            DIM=dim,
+            SPLITS=t.splits,
+            PADDED=triton.next_power_of_2(t.splits),
+            num_warps=2,
+        )
+    return out
+
+
+@triton.jit
+def _span(spans, query, valid, index: tl.constexpr, SPANS: tl.constexpr):
+    """First slot and end of one span per row, and the hull of those that are not empty."""
+    first = tl.load(spans + (query * SPANS + index) * 2, mask=valid, other=0)
+    end = tl.load(spans + (query * SPANS + index) * 2 + 1, mask=valid, other=0)
+    some = end > first
+    return first, end, tl.min(tl.where(some, first, _FAR), 0), tl.max(tl.where(some, end, 0), 0)
+
+
+@triton.jit
+def _absorb(q, k, v, scores_bias, acc, top, total, scale):
+    """One block of slots into the running softmax; `top` is the largest score so far, in units of log2."""
+    scores = tl.dot(q, tl.trans(k)) * scale + scores_bias
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # Where a row has seen nothing yet, both are -inf, and their difference would be NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+    return acc, new_top, total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    limits,
+    spans,
+    out,
+    parts,
+    sums,
+    tokens,
+    q_token,
+    q_head,
+    kv_head,
+    kv_slot,
+    scale,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPANS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of rows of one key/value head, over one part of its blocks."""
+    # The last tiles see most where limits ascend: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, split = tl.program_id(1), tl.program_id(2)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    query = row // GROUP
+    valid = query < tokens
+    column = tl.arange(0, DIM)
+    lane = tl.arange(0, BLOCK)
+    q_row = query * q_token + (head * GROUP + row % GROUP) * q_head
+    q = tl.load(q_ptr + q_row[:, None] + column[None, :], mask=valid[:, None], other=0.0)
+    limit = tl.load(limits + query, mask=valid, other=0)
+
+    # Blocks of the limits, then of the first span's hull, then of the second's.
+    shared = tl.min(tl.where(valid, limit, _FAR), 0) // BLOCK  # blocks that every row sees whole
+    furthest = tl.max(limit, 0)
+    blocks = tl.cdiv(furthest, BLOCK)
+    after_limits = blocks
+    first_1, end_1, hull_1, hull_end_1 = row * 0, row * 0, 0, 0
+    first_2, end_2, hull_2, hull_end_2 = row * 0, row * 0, 0, 0
+    if SPANS > 0:
+        first_1, end_1, hull_1, hull_end_1 = _span(spans, query, valid, 0, SPANS)
+        blocks += tl.cdiv(tl.maximum(hull_end_1 - hull_1, 0), BLOCK)
+    after_first = blocks
+    if SPANS > 1:
+        first_2, end_2, hull_2, hull_end_2 = _span(spans, query, valid, 1, SPANS)
+        blocks += tl.cdiv(tl.maximum(hull_end_2 - hull_2, 0), BLOCK)
+
+    share = tl.cdiv(blocks, SPLITS)
+    begin = split * share
+    end = tl.minimum(begin + share, blocks)
+    k_base = k_ptr + head * kv_head + column[None, :]
+    v_base = v_ptr + head * kv_head + column[None, :]
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for block in tl.range(begin, tl.minimum(end, shared), num_stages=STAGES):
+        place = (block * BLOCK + lane)[:, None] * kv_slot
+        k = tl.load(k_base + place)
+        v = tl.load(v_base + place)
+        acc, top, total = _absorb(q, k, v, 0.0, acc, top, total, scale)
+    for block in tl.range(tl.maximum(begin, shared), end, num_stages=1):
+        low, high, start = row * 0, limit, block * BLOCK
+        if SPANS > 0:
+            inside = block >= after_limits
+            low, high = tl.where(inside, first_1, low), tl.where(inside, end_1, high)
+            start = tl.where(inside, hull_1 + (block - after_limits) * BLOCK, start)
+        if SPANS > 1:
+            inside = block >= after_first
+            low, high = tl.where(inside, first_2, low), tl.where(inside, end_2, high)
+            start = tl.where(inside, hull_2 + (block - after_first) * BLOCK, start)
+        slot = start + lane
+        seen = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+        used = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees is not read: it may be NaN
+        place = slot[:, None] * kv_slot
+        k = tl.load(k_base + place, mask=used[:, None], other=0.0)
+        v = tl.load(v_base + place, mask=used[:, None], other=0.0)
+        acc, top, total = _absorb(q, k, v, tl.where(seen, 0.0, float("-inf")), acc, top, total, scale)
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_row = query * HEADS + head * GROUP + row % GROUP
+    place = out_row[:, None] * DIM + column[None, :]
+    if SPLITS == 1:
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=valid[:, None])
+    else:
+        tl.store(parts + split * tokens * HEADS * DIM + place, acc, mask=valid[:, None])
+        # log2 of the sum of exponentials; of nothing it is -inf.
+        tl.store(sums + split * tokens * HEADS + out_row, top + tl.log2(total), mask=valid)
+
+
+@triton.jit
+def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+    """Mean of one row's parts, weighted by their sums of exponentials."""
+    row = tl.program_id(0)
+    split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
+    sum_ = tl.load(sums + split * rows + row, mask=split < SPLITS, other=float("-inf"))
+    top = tl.max(sum_, 0)
+    weight = tl.exp2(sum_ - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    weight = weight / tl.where(total > 0, total, 1.0)
+    place = (split[:, None] * rows + row) * DIM + column[None, :]
+    part = tl.load(parts + place, mask=(split < SPLITS)[:, None], other=0.0)
+    tl.store(out + row * DIM + column, tl.sum(part * weight[:, None], 0).to(out.dtype.element_ty))

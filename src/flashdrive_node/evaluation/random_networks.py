@@ -1,0 +1,67 @@
+"""Networks with random weights at given dimensions: what a latency needs, and no driving skill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.checkpoint import CheckpointInfo
+from flashdrive_node.model.checkpoint_writer import random_checkpoint, random_weights
+from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.loading import LoadedModel
+from flashdrive_node.model.tokenizer import prompt_subset_tokenizer
+
+#: Of the published drafters (z-lab/Alpamayo-*-DFlash, 469,787,136 parameters): layers, tokens per block, context
+#: states, and the layers of the target that they are taken from, as places in a stack of 36.
+DRAFTER_LAYERS, DRAFTER_BLOCK, DRAFTER_CONTEXT = 2, 8, 1
+DRAFTER_TARGETS, DRAFTER_TARGET_DEPTH = (24, 30, 31, 32, 34), 36
+
+
+def random_model(config: AlpamayoConfig, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A model with weights drawn on the device, and a tokenizer that knows the prompt's texts."""
+    model = Alpamayo.on_meta(config, dtype)
+    model.set_constants("release", device)
+    random_weights(model, config, device)
+    info = CheckpointInfo(Path("random weights"), "", "", 0, 0, 0.0)
+    return LoadedModel(model, prompt_subset_tokenizer(config), info)
+
+
+def write_random_checkpoint(config: AlpamayoConfig, directory: Path, device: torch.device) -> None:
+    """A random checkpoint with everything that loading needs.
+
+    Raises:
+        CheckpointError: The directory is in use.
+        OSError: Writing failed.
+    """
+    random_checkpoint(config, directory, device=device)
+    vocabulary = files("flashdrive_node.model") / "data" / "qwen_prompt_vocab.json"
+    (directory / "tokenizer.json").write_bytes(vocabulary.read_bytes())
+
+
+def release_drafter_config(target: AlpamayoConfig) -> DrafterConfig:
+    """The published drafter's architecture, at the width of any target."""
+    text = target.text
+    decoder = replace(text, num_layers=DRAFTER_LAYERS, rope_theta=1_000_000.0, mrope_section=(text.head_dim // 2, 0, 0))
+    layers = [i * text.num_layers // DRAFTER_TARGET_DEPTH for i in DRAFTER_TARGETS]
+    mask = target.tokens.vocab_size  # one row behind the target's table
+    return DrafterConfig(decoder, tuple(layers), DRAFTER_BLOCK, DRAFTER_CONTEXT, mask)
+
+
+def random_drafter(target: Alpamayo, seed: int = 0) -> Drafter:
+    """A drafter of the published architecture on the target's device and in its type.
+
+    What it guesses is as good as never right, and takes as long as what a trained one guesses.
+    """
+    drafter = Drafter(release_drafter_config(target.config)).to(target.device, target.dtype)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    for name, tensor in (*drafter.named_parameters(), ("mask_embedding", drafter.mask_embedding)):
+        if tensor.ndim == 1 and name != "mask_embedding":
+            tensor.data.fill_(1.0)  # the scales of norms
+        else:
+            tensor.data.normal_(0.0, 0.02, generator=generator)
+    return drafter.requires_grad_(False).eval()

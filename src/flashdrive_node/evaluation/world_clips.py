@@ -1,0 +1,118 @@
+"""Clips of the procedural world: what the cameras see while the expert drives, and what it drove as truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flashdrive_node.engine.protocol import CameraFrames, Observation
+from flashdrive_node.evaluation.clip import PROTOCOL_START_S, PROTOCOL_WINDOWS, Clip, Truth, Window
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.world.camera import CAMERAS
+from flashdrive_node.world.draws import SPLITS, scene_keys
+from flashdrive_node.world.episode import FUTURE, Episode, record
+from flashdrive_node.world.render import render
+from flashdrive_node.world.scenario import sample_scenes
+from flashdrive_node.world.scene import DT_S, move, select
+from flashdrive_node.world.state import State
+
+#: Scenes that are simulated together, frames that are rendered together on a CPU, and frames of a window.
+_SCENES, _CPU_FRAMES, _FRAMES = 32, 8, 4
+_FIRST = round(PROTOCOL_START_S / DT_S)
+
+
+class WorldClips:
+    """One clip per scene; scenes in which the expert itself is at fault are left out."""
+
+    def __init__(
+        self,
+        split: str,
+        indices: range,
+        windows: int = PROTOCOL_WINDOWS,
+        size: tuple[int, int] = (160, 288),
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+    ):
+        """Keep what is needed to drive.
+
+        Args:
+            split: One of `world.draws.SPLITS`.
+            indices: Of the scenes.
+            windows: Of a clip.
+            size: Height and width of the pictures, pixels.
+            device: Where to render.
+            compiled: See `world.render.render`.
+
+        Raises:
+            InputError: Unknown split, clips without windows, or a size that cannot be rendered.
+        """
+        if split not in SPLITS or windows < 1 or size[0] < 8 or size[1] < 8 or size[1] % 8:
+            raise InputError(
+                f"a split of {', '.join(SPLITS)}, 1 window or more and a size of 8 pixels or more with a width that is "
+                f"a multiple of 8 are required, found {split!r}, {windows} and {size[0]} x {size[1]}"
+            )
+        self.name = f"world {split}:{indices.start}-{indices.stop - 1}"
+        self.split, self.indices, self.windows = split, indices, windows
+        self.size, self.device, self.compiled = size, torch.device(device), compiled
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def clips(self) -> Iterator[Clip]:
+        """A clip per scene, in order of the indices."""
+        steps = _FIRST + self.windows - 1 + FUTURE
+        for start in range(0, len(self.indices), _SCENES):
+            indices = self.indices[start : start + _SCENES]
+            # On the CPU, so that the drives are the same wherever pictures are rendered.
+            episode = record(sample_scenes(scene_keys(self.split, list(indices))), steps)
+            for row, index in enumerate(indices):
+                name = f"{self.split}-{index:06d}"
+                if bool(episode.faults.any[row]):
+                    yield Clip(name, iter(()), ["left out: the expert itself is at fault in this scene"])
+                else:
+                    yield Clip(name, self._windows(episode, row))
+
+    def _windows(self, episode: Episode, row: int) -> Iterator[Window]:
+        steps = range(_FIRST - _FRAMES + 1, _FIRST + self.windows)
+        pictures = self._pictures(episode, row, steps)
+        for number in range(self.windows):
+            step = _FIRST + number
+            stamps = tuple(_stamp_ns(s) for s in range(step - _FRAMES + 1, step + 1))
+            cameras = tuple(
+                CameraFrames(camera.index, stamps, tuple(pictures[camera.index][number : number + _FRAMES]))
+                for camera in CAMERAS
+            )
+            xyz, rot = (t[row].numpy() for t in episode.history(step))
+            future_xyz, future_rot = (t[row].numpy() for t in episode.future(step))
+            yaw = np.unwrap(np.arctan2(future_rot[:, 1, 0], future_rot[:, 0, 0]))
+            truth = Truth(future_xyz, yaw.astype(np.float32), episode.sentences(step)[row])
+            yield Window(
+                Observation(number, _stamp_ns(step), cameras, xyz, rot, episode.navigation(step)[row]),
+                truth,
+            )
+
+    def _pictures(self, episode: Episode, row: int, steps: range) -> dict[int, NDArray[np.uint8]]:
+        """Frames of every camera by its index, uint8 [steps, height, width, 3]."""
+        together = len(steps) if self.device.type == "cuda" else _CPU_FRAMES
+        scene = move(select(episode.scene, torch.tensor([row])), self.device)
+        parts: dict[int, list[NDArray[np.uint8]]] = {camera.index: [] for camera in CAMERAS}
+        for start in range(0, len(steps), together):
+            states = [episode.states[s] for s in steps[start : start + together]]
+            at = move(_over_time(states, row), self.device)
+            scenes = select(scene, torch.zeros(len(states), dtype=torch.int64, device=self.device))
+            for camera in CAMERAS:
+                view = render(scenes, at, camera, self.size[1], self.size[0], compiled=self.compiled)
+                parts[camera.index].append(view.image.cpu().numpy())
+        return {index: np.concatenate(images) for index, images in parts.items()}
+
+
+def _over_time(states: list[State], row: int) -> State:
+    """The states of one scene as a batch of scenes."""
+    return State(**{name: torch.stack([getattr(s, name)[row] for s in states]) for name in vars(states[0])})
+
+
+def _stamp_ns(step: int) -> int:
+    return round(step * DT_S * 1e9)
