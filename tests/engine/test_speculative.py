@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.drafter import Drafter, DrafterConfig
 from flashdrive_node.engine.flow_pass import SampledTexts, WaypointContext
-from flashdrive_node.engine.speculative import DraftRule, Propose, Script, Speculated, Tapped, Taps, TextDecoder
+from flashdrive_node.engine.speculative import DraftRule, Propose, Script, Speculated, Taps, TextDecoder
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.inference import Context, Generated, StopRule
@@ -50,7 +50,7 @@ class Prompted:
         self.model, slots = model, 9 + speculative.slots_needed(rows, SamplingSettings(max_length=max_length), block)
         cache = inference.KVCache(CONFIG.text, slots + rows * 5, "cpu", torch.float32)
         none = inference.VisionFeatures(torch.zeros(0, CONFIG.text.hidden_size), [])
-        taps = Taps(Tapped(LAYERS, context_length))
+        taps = Taps(LAYERS, context_length)
 
         def observe(name: str, value: Tensor) -> None:
             if name.startswith("layer_out."):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
+from flashdrive_node.engine.slot_pass import next_logits
 from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
@@ -175,7 +176,8 @@ class Drafter(nn.Module):
         Returns:
             int64 [texts, block_size - 1].
         """
-        logits = language.logits(self(embedding(token, language.embed_tokens.weight), context))
+        hidden = self(embedding(token, language.embed_tokens.weight), context)
+        logits = next_logits(language, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         return (logits if forbidden is None else logits + forbidden).argmax(dim=-1)
 
 

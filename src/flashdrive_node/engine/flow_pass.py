@@ -1,4 +1,4 @@
-"""The action stage in one piece: the flow's integration over waypoints of all samples, and the paths that come of it."""
+"""The action stage in one piece: the flow over the waypoints of all samples, and the paths that come of it."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Graphs:
         self.captures = 0
         self.capture_s = 0.0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # a handle, of a type that PyTorch does not name
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:

@@ -29,7 +29,14 @@ class UnguidedContext:
         self.model = model
         self.cache = KVCache(model.config.text, decoder.cache.slots, model.device, model.dtype)
         self._decoder = TextDecoder(
-            model, self.cache, decoder.rows, decoder.settings, decoder.rule, None, decoder.graphs, stretch=decoder.stretch
+            model,
+            self.cache,
+            decoder.rows,
+            decoder.settings,
+            decoder.rule,
+            None,
+            decoder.graphs,
+            stretch=decoder.stretch,
         )
         self._waypoints = WaypointContext(model, self.cache, samples)
         self._samples = samples

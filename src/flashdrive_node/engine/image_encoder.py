@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.vision_pass import Grid, VisionPass, joined
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.images import as_batch, check_frames, patch_rows, target_size
 from flashdrive_node.model.vision import VisionFeatures
@@ -33,6 +34,7 @@ class ImageEncoder:
     def __init__(self, model: Alpamayo, graphs: Graphs | None = None):
         self.model = model
         self.graphs = graphs or Graphs(model.device, enabled=False)
+        self._vision = VisionPass(model.vision)
         self._buffers: dict[tuple[tuple[int, ...], ...], _Buffers] = {}
         self._uploads = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
@@ -59,7 +61,10 @@ class ImageEncoder:
         with torch.cuda.stream(self._uploads):
             for frames, host, device in zip(cameras, buffers.host, buffers.device, strict=True):
                 for i, frame in enumerate(frames):
-                    np.copyto(host[i].numpy(), frame)
+                    if frame.flags.writeable:  # PyTorch copies with several threads, and takes no others
+                        host[i].copy_(torch.from_numpy(frame))
+                    else:
+                        np.copyto(host[i].numpy(), frame)
                     device[i].copy_(host[i], non_blocking=True)
         torch.cuda.current_stream(self.model.device).wait_stream(self._uploads)
         return [device.permute(0, 3, 1, 2) for device in buffers.device]
@@ -81,12 +86,14 @@ class ImageEncoder:
         return VisionFeatures(embeds, deepstack)
 
     def _encode(self, cameras: Sequence[Tensor]) -> VisionFeatures:
-        rows, grids = [], []
+        # Neighbours of one grid run as one batch.
+        runs: list[tuple[Grid, list[Tensor]]] = []
         for frames in cameras:
             patches, grid = patch_rows(frames, self.model.config, self.model.dtype)
-            rows.append(patches)
-            grids += [grid] * len(frames)
-        return self.model.vision(torch.cat(rows) if len(rows) > 1 else rows[0], grids)
+            if not runs or runs[-1][0] != grid:
+                runs.append((grid, []))
+            runs[-1][1].append(patches)
+        return joined([self._vision.run(torch.cat(rows) if len(rows) > 1 else rows[0], grid) for grid, rows in runs])
 
     def _buffers_for(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> _Buffers:
         key = tuple((len(frames), *frames[0].shape) for frames in cameras)

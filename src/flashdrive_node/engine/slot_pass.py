@@ -12,9 +12,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
+from flashdrive_node.engine.kernels.linear import skinny_linear
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
+from flashdrive_node.model.language import LanguageModel
 
 #: Attention of queries [T, heads, head_dim] to a layer's keys and values [kv_heads, slots, head_dim], of which the
 #: whole cache is given: [T, heads * head_dim].
@@ -58,11 +60,19 @@ def run_at_slots(
         heads = HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
         keys, values = cache.keys[i], cache.values[i]
         q = norm_rope_write(
-            layer.qkv(hidden), heads, cos, sin, keys, values, slots, None if kept is None else kept(i)
+            skinny_linear(hidden, layer.qkv.weight),
+            heads,
+            cos,
+            sin,
+            keys,
+            values,
+            slots,
+            None if kept is None else kept(i),
         )
-        update = layer.o_proj(attention(q, keys, values))
+        update = skinny_linear(attention(q, keys, values), layer.o_proj.weight)
         x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
-        update = layer.down(silu_mul(layer.gate_up(hidden)))
+        gated = silu_mul(skinny_linear(hidden, layer.gate_up.weight))
+        update = skinny_linear(gated, layer.down.weight)
         extra = None if added is None else added(i)
         if extra is None:
             x, hidden = add_rms_norm(x, update, next_norm.weight, next_norm.eps)
@@ -74,3 +84,8 @@ def run_at_slots(
             x = x.index_add(0, *extra)
             hidden = rms_norm(x, next_norm.weight, next_norm.eps)
     return hidden
+
+
+def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:
+    """`LanguageModel.logits` for few tokens, whose time is the reading of the head."""
+    return skinny_linear(hidden, language.lm_head.weight).float()

@@ -19,7 +19,7 @@ from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.visibility import block_visibility
 from flashdrive_node.engine.read_back import ReadBack
-from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.inference import Context, Generated, StopRule
 from flashdrive_node.model.kv_cache import KVCache
@@ -36,28 +36,28 @@ REPEATED = 16
 
 
 class Tapped(NamedTuple):
-    """Which layers a drafter looks at, and at how many of a pass's last tokens; None is all."""
+    """What a drafter looks at: which layers' outputs, for how many of a prompt's last tokens."""
 
     layer_ids: tuple[int, ...]
-    last: int | None = None
+    last: int
 
 
 class Taps:
     """Collects the outputs of some layers while tokens run: pass `see`, then take `states`."""
 
-    def __init__(self, tapped: Tapped):
-        self._tapped = tapped
+    def __init__(self, layer_ids: tuple[int, ...], last: int | None = None):
+        """Keep the last `last` tokens of a pass, by default all."""
+        self._layer_ids, self._last = layer_ids, last
         self._seen: dict[int, Tensor] = {}
 
     def see(self, layer: int, value: Tensor) -> None:
         """Called behind every layer with its output [T, hidden]."""
-        layer_ids, last = self._tapped
-        if layer in layer_ids:
-            self._seen[layer] = value if last is None else value[-last:]
+        if layer in self._layer_ids:
+            self._seen[layer] = value if self._last is None else value[-self._last :]
 
     def states(self) -> Tensor:
         """Layers side by side in the order of their ids, [tokens, layers * hidden]."""
-        return torch.cat([self._seen[layer] for layer in self._tapped.layer_ids], dim=-1)
+        return torch.cat([self._seen[layer] for layer in self._layer_ids], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,6 @@ class TextDecoder:
             states: Of `Taps` for the last `context_length` tokens of the prompt; the same holds.
             generator: Source of randomness on the model's device.
         """
-        settings, rule = self.settings, self.rule
         self.cache.require(context.prefix + self.rows * self.stretch)
         self.prefix.fill_(context.prefix)
         self._position.fill_(context.prefix + context.rope_delta)
@@ -268,7 +267,7 @@ class TextDecoder:
         block = self._scripted_guesses(block)
         hidden, new = self._run(block, self._used, () if draft is None else draft.layer_ids)
         # The model's own token behind each token of a block, given that the block is right so far.
-        own = self._choose(self.model.language.logits(hidden)).view(self.rows, self.size)
+        own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, self.size)
         own = self._scripted(own, 1)
         accepted = (own[:, :-1] == block[:, 1:]).cumprod(dim=1).sum(dim=1)
         if self._states is not None:
@@ -309,7 +308,7 @@ class TextDecoder:
         slots = (self.prefix + self._row[:, None] * self.stretch + index).flatten()
         visible = block_visibility(self.prefix, used, self.stretch, size)
         positions = (index.flatten() + self._position).expand(3, -1)
-        taps = Taps(Tapped(layer_ids))
+        taps = Taps(layer_ids)
         x = embedding(block.flatten(), language.embed_tokens.weight)
         hidden = run_at_slots(
             language.layers,

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.rotary import KeptKeys
-from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.engine.kernels.visibility import up_to
+from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
 from flashdrive_node.engine.speculative import Tapped, Taps
 from flashdrive_node.engine.window_plan import Mode, WindowPlan, match_frames, plan_window
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.attention import attend, attend_causal, group_mask
+from flashdrive_node.model.attention import attend_causal
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
@@ -57,7 +59,14 @@ class Stream:
     ``reset``. Buffers are allocated for the first window, and again only for one that needs more room.
     """
 
-    def __init__(self, model: Alpamayo, settings: StreamSettings, room: int, graphs: Graphs | None = None, tapped: Tapped | None = None):
+    def __init__(
+        self,
+        model: Alpamayo,
+        settings: StreamSettings,
+        room: int,
+        graphs: Graphs | None = None,
+        tapped: Tapped | None = None,
+    ):
         """Make a stream that has seen nothing.
 
         Args:
@@ -71,7 +80,7 @@ class Stream:
         self.settings = settings
         self.room = room
         self.graphs = graphs or Graphs(model.device, enabled=False)
-        self.tapped = tapped or Tapped((), 0)
+        self.tapped = tapped or Tapped((), 1)
         self.cache: KVCache | None = None
         #: Windows since the last reset.
         self.windows = 0
@@ -136,7 +145,8 @@ class Stream:
             features: Of the images that the plan names, in order; None where it names none.
 
         Returns:
-            The context, and the logits of the first generated token, float32 [1, vocabulary]: the same tensor each time.
+            The context, and the logits of the first generated token, float32 [1, vocabulary], in the same tensor as
+            ever.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
         cache = self._room_for(plan)
@@ -173,7 +183,7 @@ class Stream:
         assert self._features is not None
         assert self._logits is not None
         self._move(plan, cache)
-        taps = Taps(self.tapped)
+        taps = Taps(*self.tapped)
         embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
         last = run_rows(
             self.model,
@@ -184,7 +194,7 @@ class Stream:
             None if keys is None else lambda layer: KeptKeys(keys[layer], rows.places),
             taps,
         )
-        self._logits.copy_(self.model.language.logits(last))
+        self._logits.copy_(next_logits(self.model.language, last))
         if self.states is not None:
             self.states.copy_(taps.states())
 
@@ -194,9 +204,12 @@ class Stream:
         if self.model.config.supports_navigation:  # text may come, go and grow without a larger cache
             nav = prompt.nav_span
             needed += MAX_NAV_TOKENS + 2 - (nav[1] - nav[0] if nav else 0)
-        if self.cache is None or self.cache.slots < needed or self._features is None:
-            self._allocate(needed, tokens)
-        elif self._features.shape[1] < tokens:
+        if (
+            self.cache is None
+            or self.cache.slots < needed
+            or self._features is None
+            or self._features.shape[1] < tokens
+        ):
             self._allocate(needed, tokens)
         assert self.cache is not None
         return self.cache
@@ -271,18 +284,13 @@ def run_rows(
     language, config, rows = model.language, model.config.text, plan.rows
     x = embedding(ids[rows.slots], language.embed_tokens.weight)
     x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
-    mask = group_mask(rows.text_mask, config.group_size, x.dtype)
-    seen = rows.text_mask.shape[1]
+    # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
+    visible = None if rows.whole else up_to(rows.slots + 1)
 
     def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attended = torch.empty(len(q), config.q_size, device=q.device, dtype=q.dtype)
-        for run in rows.runs:
-            own = slice(run.first, run.end)
-            attended[own] = attend_causal(q[own], keys[:, : run.slots], values[:, : run.slots])
-        if seen:
-            texts = attend(q[rows.text_rows], keys[:, :seen], values[:, :seen], mask)
-            attended.index_copy_(0, rows.text_rows, texts)
-        return attended
+        if visible is None:
+            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
+        return attend_visible(q, keys, values, visible)
 
     def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
         if layer >= len(features.deepstack):

@@ -40,6 +40,7 @@ class Stages:
     """What works on one cache behind the prefill."""
 
     cache: KVCache
+    script: Tensor | None
     decoder: TextDecoder
     waypoints: WaypointContext
     flow: FlowPass
@@ -50,8 +51,8 @@ class Stages:
 class StreamingEngine(PlainEngine):
     """Engine protocol over a stream of windows."""
 
-    #: The first window computes everything, the others what a new frame per camera takes. A stage is captured the second
-    #: time that it runs, and the third shows it at work.
+    #: The first window computes everything, the others what a new frame per camera takes. A stage is captured the
+    #: second time that it runs, and the third shows it at work.
     warm_up_windows = 4
 
     def __init__(self, settings: StreamingSettings, loaded: LoadedModel | None = None, drafter: Drafter | None = None):
@@ -132,10 +133,8 @@ class StreamingEngine(PlainEngine):
     def _stages_on(self, cache: KVCache) -> Stages:
         """The stages behind the prefill; made anew where the stream has another cache, or the script has changed."""
         stages, script = self._stages, self.script
-        if stages is not None and stages.cache is cache:
-            scripted = stages.decoder.script
-            if (None if scripted is None else scripted.tokens) is script:
-                return stages
+        if stages is not None and stages.cache is cache and stages.script is script:
+            return stages
         s, model, graphs = self.settings, self._model(), self.graphs
         draft = None if self.drafter is None else self._draft_rule(self.drafter)
         decoder = TextDecoder(
@@ -151,7 +150,7 @@ class StreamingEngine(PlainEngine):
         schedule = s.schedule or FlowSchedule.uniform(s.flow_steps or model.config.flow.num_inference_steps)
         flow = FlowPass(model, s.samples, schedule.table(model.device), graphs)
         unguided = None if s.guidance_weight == 1 else UnguidedContext(model, decoder, s.samples)
-        self._stages = Stages(cache, decoder, WaypointContext(model, cache, s.samples), flow, unguided)
+        self._stages = Stages(cache, script, decoder, WaypointContext(model, cache, s.samples), flow, unguided)
         return self._stages
 
     def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:

@@ -1,13 +1,13 @@
-"""What a window has in common with the one before: which images stay, which tokens are computed anew, and in what runs.
+"""What a window has in common with the one before: which images stay, and which tokens are computed anew.
 
 In the order of the prompt, which is camera by camera, a token sees all slots in front of it. So tokens that are
-computed while others are kept need no mask but causality: each run of neighbours is the end of a growing sequence.
+computed while others are kept need no mask but causality: each sees the slots up to its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -23,27 +23,14 @@ from flashdrive_node.model.prompt import ImageSpan, Prompt
 Mode = Literal["full", "features", "kv"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens that are computed: rows ``first .. end`` of the pass, the last one in slot ``slots - 1``."""
-
-    first: int
-    end: int
-    slots: int
-
-
 @dataclass(frozen=True, eq=False)
 class RowPlan:
     """Tokens of a prompt that are computed, while others may be kept."""
 
     #: Their slots, ascending, int64 [T].
     slots: Tensor
-    #: Runs with new images, and the prompt's end; causal at the end of all slots up to their own.
-    runs: tuple[Run, ...]
-    #: Rows of the short texts between kept images, which go together: int64 [texts].
-    text_rows: Tensor
-    #: What these may see, bool [texts, slots].
-    text_mask: Tensor
+    #: Whether these are all slots of the prompt.
+    whole: bool
     #: Rows that hold image tokens, and which image token each is: int64 [image rows].
     image_rows: Tensor
     image_tokens: Tensor
@@ -74,22 +61,31 @@ class WindowPlan:
         """Everything on the device, in a fixed order."""
         own = [self.positions, self.image_index, self.encode_tokens, self.move_from, self.move_to]
         rows = self.rows
-        return own + [rows.slots, rows.text_rows, rows.text_mask, rows.image_rows, rows.image_tokens, rows.places]
+        return [*own, rows.slots, rows.image_rows, rows.image_tokens, rows.places]
 
     @property
     def structure(self) -> Hashable:
         """Equal for plans that take the same computation, on other tokens."""
-        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.runs
+        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.whole
 
     def clone(self) -> WindowPlan:
         """A copy with tensors of its own, which may be written to."""
-        rows = replace(self.rows, **{f.name: _cloned(getattr(self.rows, f.name)) for f in fields(self.rows)})
-        own = {f.name: _cloned(getattr(self, f.name)) for f in fields(self)}
-        return replace(self, **(own | {"rows": rows}))
-
-
-def _cloned(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
+        rows = replace(
+            self.rows,
+            slots=self.rows.slots.clone(),
+            image_rows=self.rows.image_rows.clone(),
+            image_tokens=self.rows.image_tokens.clone(),
+            places=self.rows.places.clone(),
+        )
+        return replace(
+            self,
+            positions=self.positions.clone(),
+            image_index=self.image_index.clone(),
+            encode_tokens=self.encode_tokens.clone(),
+            move_from=self.move_from.clone(),
+            move_to=self.move_to.clone(),
+            rows=rows,
+        )
 
 
 def match_frames(
@@ -185,23 +181,9 @@ def _row_plan(
     slots = computed.nonzero()[:, 0]
     image_rows = (token_of_slot[slots] >= 0).nonzero()[:, 0]
     has_image = token_of_slot[slots] >= 0
-    # Runs start where a row's slot does not follow the one before.
-    starts = [0, *((slots.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(slots)]
-    runs: list[Run] = []
-    texts: list[Tensor] = []
-    for first, end in pairwise(starts):
-        if end == len(slots) or bool(has_image[first:end].any()):
-            runs.append(Run(first, end, int(slots[end - 1]) + 1))
-        else:
-            texts.append(torch.arange(first, end))
-    text_rows = torch.cat(texts) if texts else torch.empty(0, dtype=torch.int64)
-    seen = int(slots[text_rows].max()) + 1 if len(text_rows) else 0
-    text_mask = torch.arange(seen)[None, :] <= slots[text_rows][:, None]
     return RowPlan(
         slots=slots.to(device),
-        runs=tuple(runs),
-        text_rows=text_rows.to(device),
-        text_mask=text_mask.to(device),
+        whole=len(slots) == length,
         image_rows=image_rows.to(device),
         image_tokens=token_of_slot[slots[image_rows]].to(device),
         places=torch.where(has_image, token_of_slot[slots], offsets[-1]).to(device),
