@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ class _Buffers:
     device: list[Tensor]
     #: [1 + levels, image tokens, text hidden].
     features: Tensor
+    #: When the last frames have been sent, and when they have been read.
+    sent: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    read: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
 
 class ImageEncoder:
@@ -57,8 +60,9 @@ class ImageEncoder:
         for frames, name in zip(cameras, names, strict=True):
             check_frames(frames, name)
         buffers = self._buffers_for(cameras)
-        # The frames before have been read, the step that they belonged to being over; the buffers are free.
+        buffers.sent.synchronize()  # long over, unless frames come one by one
         with torch.cuda.stream(self._uploads):
+            self._uploads.wait_event(buffers.read)
             for frames, host, device in zip(cameras, buffers.host, buffers.device, strict=True):
                 for i, frame in enumerate(frames):
                     if frame.flags.writeable:  # PyTorch copies with several threads, and takes no others
@@ -66,15 +70,17 @@ class ImageEncoder:
                     else:
                         np.copyto(host[i].numpy(), frame)
                     device[i].copy_(host[i], non_blocking=True)
+            buffers.sent.record()
         torch.cuda.current_stream(self.model.device).wait_stream(self._uploads)
         return [device.permute(0, 3, 1, 2) for device in buffers.device]
 
     def encode(self, cameras: Sequence[Tensor]) -> VisionFeatures:
         """Features of frames that `upload` gave, camera by camera; the next call may overwrite them."""
-        if not self.graphs.enabled:
+        if self._uploads is None:
             return self._encode(cameras)
         key = tuple((len(frames), *frames.shape[2:], 3) for frames in cameras)
-        out = self._buffers[key].features
+        buffers = self._buffers[key]
+        out = buffers.features
 
         def run() -> None:
             features = self._encode(cameras)
@@ -82,6 +88,7 @@ class ImageEncoder:
                 out[level].copy_(tensor)
 
         self.graphs.run((self, key), run)
+        buffers.read.record()
         embeds, *deepstack = out.unbind()
         return VisionFeatures(embeds, deepstack)
 

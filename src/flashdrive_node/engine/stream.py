@@ -96,13 +96,15 @@ class Stream:
         # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
         self._placed: dict[Hashable, tuple[WindowPlan, WindowPlan]] = {}
         # Layout and stamps of the last window, or None where nothing may be kept.
-        self._images: tuple[object, ...] = ()
+        self._prompt: Prompt | None = None
         self._stamps: tuple[tuple[int, ...], ...] | None = None
+        # Leading cameras that have been brought to the coming window already.
+        self._ahead = 0
 
     def reset(self) -> None:
         """Forget all windows; buffers stay."""
         self._stamps = None
-        self.windows = 0
+        self._ahead = self.windows = 0
 
     def plan(self, prompt: Prompt, stamps: Sequence[Sequence[int]]) -> WindowPlan:
         """What the next window takes.
@@ -119,15 +121,54 @@ class Stream:
                 f"stamps of {len(prompt.camera_indices)} camera(s) x {prompt.frames_per_camera} frame(s) are required, "
                 f"found {[len(s) for s in stamps]}"
             )
-        old = self._stamps if self._images == prompt.images else None
+        old = self._stamps if self._prompt is not None and self._prompt.images == prompt.images else None
         sources = match_frames(old, stamps)
+        done = 0
+        while old is not None and done < self._ahead and old[done] == tuple(stamps[done]):
+            done += 1
         s, cameras = self.settings, len(stamps)
         refreshed: tuple[int, ...] = ()
         if s.refresh_every and self.windows % s.refresh_every == 0:
             refreshed = tuple(range(cameras))
         elif s.refresh_views:
             refreshed = (self.windows % cameras,)
-        return plan_window(prompt, sources, s.mode, refreshed, self.model.device)
+        span = (min((done, *refreshed)), None)
+        return plan_window(prompt, sources, s.mode, refreshed, self.model.device, span)
+
+    @property
+    def next_camera(self) -> int | None:
+        """Index of the camera that `advance` would take, or None before the first window."""
+        if self._stamps is None or self._prompt is None or self._ahead == len(self._stamps):
+            return None
+        return self._prompt.camera_indices[self._ahead]
+
+    def advance(self, camera_index: int, stamp_ns: int, features: VisionFeatures) -> bool:
+        """Bring one camera to the coming window, while the others' frames are still to come.
+
+        A camera sees those in front of it, so cameras come in their order; the last is left to `prefill`, which has the
+        window's text to compute anyway. What is computed here is what `prefill` would compute.
+
+        Args:
+            camera_index: The `next_camera`.
+            stamp_ns: Of the frame that it will have as its newest.
+            features: Of that frame.
+
+        Returns:
+            False where nothing was done, because the frame is no newer one or the mode keeps no keys and values.
+        """
+        stamps, prompt, camera = self._stamps, self._prompt, self._ahead
+        if stamps is None or prompt is None or camera_index != self.next_camera:
+            raise ValueError(f"camera {self.next_camera} is required, found {camera_index}")
+        if self.settings.mode != "kv" or camera + 1 == len(stamps) or stamp_ns <= stamps[camera][-1]:
+            return False
+        still: tuple[int | None, ...] = tuple(range(prompt.frames_per_camera))
+        sources = tuple((*still[1:], None) if i == camera else still for i in range(len(stamps)))
+        plan = plan_window(prompt, sources, "kv", (), self.model.device, (camera, camera + 1))
+        self._stamps = None
+        self._run(plan, features)
+        self._stamps = (*stamps[:camera], (*stamps[camera][1:], stamp_ns), *stamps[camera + 1 :])
+        self._ahead = camera + 1
+        return True
 
     def prefill(
         self,
@@ -149,19 +190,22 @@ class Stream:
             ever.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
+        self._ahead = 0
         cache = self._room_for(plan)
         assert self._ids is not None
         assert self._logits is not None
-        self._take_features(plan, features)
-        prompt = plan.prompt
         self._ids[: len(ids)].copy_(ids, non_blocking=True)
-        if self.graphs.enabled:
-            plan = self._place(plan)
-        self.graphs.run((self, plan.structure), lambda: self._compute(plan))
+        self._run(plan, features)
         cache.used = len(ids)
-        self._images, self._stamps = prompt.images, tuple(tuple(s) for s in stamps)
+        self._prompt, self._stamps = plan.prompt, tuple(tuple(s) for s in stamps)
         self.windows += 1
-        return Context(cache, len(ids), prompt.rope_delta), self._logits
+        return Context(cache, len(ids), plan.prompt.rope_delta), self._logits
+
+    def _run(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
+        """Carry a plan out, as a graph where there is one."""
+        self._take_features(plan, features)
+        placed = self._place(plan) if self.graphs.enabled else plan
+        self.graphs.run((self, plan.structure), lambda: self._compute(placed))
 
     def _place(self, plan: WindowPlan) -> WindowPlan:
         """The plan in tensors that are the same ones for all plans of its structure."""
@@ -194,9 +238,10 @@ class Stream:
             None if keys is None else lambda layer: KeptKeys(keys[layer], rows.places),
             taps,
         )
-        self._logits.copy_(next_logits(self.model.language, last))
-        if self.states is not None:
-            self.states.copy_(taps.states())
+        if rows.last:
+            self._logits.copy_(next_logits(self.model.language, last))
+            if self.states is not None:
+                self.states.copy_(taps.states())
 
     def _room_for(self, plan: WindowPlan) -> KVCache:
         prompt, tokens = plan.prompt, len(plan.image_index)
@@ -279,7 +324,7 @@ def run_rows(
         taps: Shown the outputs of the layers.
 
     Returns:
-        Hidden state of the prompt's last token behind the final norm, [1, hidden].
+        Hidden state of the last one of them behind the final norm, [1, hidden].
     """
     language, config, rows = model.language, model.config.text, plan.rows
     x = embedding(ids[rows.slots], language.embed_tokens.weight)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
@@ -19,11 +21,12 @@ from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.guidance import UnguidedContext
 from flashdrive_node.engine.image_encoder import ImageEncoder
 from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
-from flashdrive_node.engine.protocol import EngineError, EngineInfo, Observation, Prediction, Progress
+from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, Tapped, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
+from flashdrive_node.engine.vision_pass import copied, joined, split
 from flashdrive_node.engine.window_plan import plan_window
 from flashdrive_node.model.errors import InputError, ModelError
 from flashdrive_node.model.history_tokens import encode_history
@@ -48,6 +51,14 @@ class Stages:
     unguided: UnguidedContext | None
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A frame and its features."""
+
+    stamp_ns: int
+    features: VisionFeatures
+
+
 class StreamingEngine(PlainEngine):
     """Engine protocol over a stream of windows."""
 
@@ -68,6 +79,8 @@ class StreamingEngine(PlainEngine):
         self._stages: Stages | None = None
         self._said: Speculated | None = None
         self._figures: dict[str, float] = {}
+        #: By camera index: its frame of the coming window, if that came ahead and is not in the stream yet.
+        self._waiting: dict[int, Encoded] = {}
 
     def load(self, progress: Progress | None = None) -> EngineInfo:
         """Read the checkpoint, and the drafter if there is one, onto the device."""
@@ -93,13 +106,50 @@ class StreamingEngine(PlainEngine):
         try:
             return super().step(observation)
         except BaseException:
-            if self.stream is not None:
-                self.stream.reset()
+            self._forget()
+            raise
+
+    @torch.inference_mode()
+    def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> None:
+        """Take a camera's frame of the coming window as soon as it is there, so that `step` finds the work done.
+
+        The frame is encoded at once. The language model takes it in as soon as the cameras in front of it have theirs,
+        but for the last camera's, which goes with the text. A window that comes without the frame is answered all the
+        same: the frame is then one of an older window. Nothing is waited for.
+
+        Args:
+            camera_index: As in `CameraFrames`.
+            stamp_ns: Of the frame.
+            image: RGB, uint8 [height, width, 3].
+
+        Raises:
+            EngineError: The frame cannot be used. The engine is reset and usable.
+        """
+        stream, encoder = self._streaming()
+        try:
+            features = encoder.encode(encoder.upload([[image]]))
+            # Copied: the next frame's go to the same place.
+            self._waiting[camera_index] = Encoded(stamp_ns, copied(features))
+            while stream.next_camera in self._waiting:
+                camera = stream.next_camera
+                taken = self._waiting[camera]
+                if not stream.advance(camera, taken.stamp_ns, taken.features):
+                    break
+                del self._waiting[camera]
+        except ModelError as error:
+            self._forget()
+            raise EngineError(f"frame of camera {camera_index} at {stamp_ns} ns: {error}") from error
+        except BaseException:
+            self._forget()
             raise
 
     def reset(self, reason: str) -> None:
         """Forget all windows, and start the sequence of random seeds again; nothing is allocated anew."""
         super().reset(reason)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting.clear()
         if self.stream is not None:
             self.stream.reset()
 
@@ -156,7 +206,7 @@ class StreamingEngine(PlainEngine):
     def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:
         assert self.loaded is not None
         model, cameras = self._model(), observation.cameras
-        stream, encoder = self._streaming()
+        stream, _ = self._streaming()
         prompt = driving_prompt(
             self.loaded.tokenizer,
             model.config,
@@ -167,14 +217,8 @@ class StreamingEngine(PlainEngine):
         )
         stamps = [camera.stamps_ns for camera in cameras]
         plan = stream.plan(prompt, stamps)
-        frames = prompt.frames_per_camera
-        new = [[c.images[i % frames] for i in plan.encode if i // frames == k] for k, c in enumerate(cameras)]
-        features: VisionFeatures | None = None
-        if plan.encode:
-            images = encoder.upload([images for images in new if images])
-            timer.lap("images")
-            features = encoder.encode(images)
-            timer.lap("encode")
+        features = self._features_of(plan.encode, prompt, cameras, timer)
+        self._waiting.clear()
         fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
         context, logits = stream.prefill(plan, fused.ids, stamps, features)
         timer.lap("prefill")
@@ -195,6 +239,36 @@ class StreamingEngine(PlainEngine):
                 h, w = target_size(height, width, config.min_pixels, config.max_pixels, vision.resize_factor)
                 grids.append((h // vision.patch_size, w // vision.patch_size))
         return grids
+
+    def _features_of(
+        self, images: tuple[int, ...], prompt: Prompt, cameras: tuple[CameraFrames, ...], timer: StageTimer
+    ) -> VisionFeatures | None:
+        """Features of some of a window's images, by their places; frames that were taken ahead have theirs already."""
+        _, encoder = self._streaming()
+        parts: dict[int, VisionFeatures] = {}
+        rest: list[int] = []
+        frames_of: list[list[NDArray[np.uint8]]] = []
+        for k, camera in enumerate(cameras):
+            waiting = self._waiting.get(camera.camera_index)
+            frames_of.append([])
+            for i in images:
+                if i // prompt.frames_per_camera != k:
+                    continue
+                frame = i % prompt.frames_per_camera
+                if waiting is not None and waiting.stamp_ns == camera.stamps_ns[frame]:
+                    parts[i] = waiting.features
+                else:
+                    frames_of[k].append(camera.images[frame])
+                    rest.append(i)
+        if rest:
+            uploaded = encoder.upload([frames for frames in frames_of if frames])
+            timer.lap("images")
+            features = encoder.encode(uploaded)
+            timer.lap("encode")
+            if not parts:
+                return features
+            parts |= zip(rest, split(features, [prompt.images[i].count for i in rest]), strict=True)
+        return joined([parts[i] for i in images]) if images else None
 
     def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
         s, stream = self.settings, self.stream

@@ -71,3 +71,15 @@ def joined(parts: list[VisionFeatures]) -> VisionFeatures:
         return parts[0]
     embeds = torch.cat([part.embeds for part in parts])
     return VisionFeatures(embeds, [torch.cat(level) for level in zip(*(part.deepstack for part in parts), strict=True)])
+
+
+def split(features: VisionFeatures, tokens: list[int]) -> list[VisionFeatures]:
+    """Features of single images, of so many tokens each."""
+    embeds = features.embeds.split(tokens)
+    levels = [level.split(tokens) for level in features.deepstack]
+    return [VisionFeatures(part, [level[i] for level in levels]) for i, part in enumerate(embeds)]
+
+
+def copied(features: VisionFeatures) -> VisionFeatures:
+    """The same in tensors of their own."""
+    return VisionFeatures(features.embeds.clone(), [level.clone() for level in features.deepstack])

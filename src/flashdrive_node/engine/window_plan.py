@@ -29,8 +29,9 @@ class RowPlan:
 
     #: Their slots, ascending, int64 [T].
     slots: Tensor
-    #: Whether these are all slots of the prompt.
+    #: Whether these are all slots of the prompt, and whether the last is among them.
     whole: bool
+    last: bool
     #: Rows that hold image tokens, and which image token each is: int64 [image rows].
     image_rows: Tensor
     image_tokens: Tensor
@@ -66,7 +67,7 @@ class WindowPlan:
     @property
     def structure(self) -> Hashable:
         """Equal for plans that take the same computation, on other tokens."""
-        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.whole
+        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.whole, self.rows.last
 
     def clone(self) -> WindowPlan:
         """A copy with tensors of its own, which may be written to."""
@@ -126,6 +127,7 @@ def plan_window(
     mode: Mode,
     refreshed: tuple[int, ...],
     device: torch.device,
+    span: tuple[int, int | None] = (0, None),
 ) -> WindowPlan:
     """Plan a window.
 
@@ -135,6 +137,8 @@ def plan_window(
         mode: What is kept of images that stay.
         refreshed: Cameras, by their place in the window, whose kept images are computed anew in the language model.
         device: Where index tensors are wanted.
+        span: First camera, by its place, whose text and images may be computed, and the camera behind the last; None
+            is to the end of the prompt.
     """
     images = prompt.images
     flat = [source for camera in sources for source in camera]
@@ -154,7 +158,9 @@ def plan_window(
     before = [None if source is None else i // frames * frames + source for i, source in enumerate(flat)]
     moved = [(j, i) for i, j in enumerate(before) if j is not None and j != i]
     kept = [i for i in range(len(images)) if i not in encode and i // frames not in refreshed]
-    rows = _row_plan(len(prompt.ids), images, offsets, set(kept) if mode == "kv" else set(), device)
+    ends = [0, *(image.end for image in images[frames - 1 :: frames])]  # behind each camera's text and images
+    slots = ends[span[0]], len(prompt.ids) if span[1] is None else ends[span[1]]
+    rows = _row_plan(len(prompt.ids), slots, images, offsets, set(kept) if mode == "kv" else set(), device)
     return WindowPlan(
         prompt=prompt,
         positions=prompt.positions.to(device),
@@ -168,9 +174,16 @@ def plan_window(
 
 
 def _row_plan(
-    length: int, images: tuple[ImageSpan, ...], offsets: list[int], kept: set[int], device: torch.device
+    length: int,
+    span: tuple[int, int],
+    images: tuple[ImageSpan, ...],
+    offsets: list[int],
+    kept: set[int],
+    device: torch.device,
 ) -> RowPlan:
-    computed = torch.ones(length, dtype=torch.bool)
+    """Rows between two slots of a prompt of so many tokens."""
+    computed = torch.zeros(length, dtype=torch.bool)
+    computed[slice(*span)] = True
     if kept:
         computed[: images[0].start] = False  # nothing that changes stands in front of the first image
     token_of_slot = torch.full((length,), -1)
@@ -184,6 +197,7 @@ def _row_plan(
     return RowPlan(
         slots=slots.to(device),
         whole=len(slots) == length,
+        last=bool(computed[-1]),
         image_rows=image_rows.to(device),
         image_tokens=token_of_slot[slots[image_rows]].to(device),
         places=torch.where(has_image, token_of_slot[slots], offsets[-1]).to(device),
