@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vla.add_argument("out", type=Path, metavar="DIR", help="new directory for checkpoint, history baseline and log")
     vla.add_argument("--minutes", type=float, default=10.0, help="time of training, behind start-up (default: 10)")
     vla.add_argument("--resume", type=Path, metavar="DIR", help="directory of an earlier stage to go on from")
+    vla.add_argument(
+        "--own-drives", type=float, default=0.0, help="share of windows from the model's own drives (default: 0)"
+    )
     vla.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
     vla.add_argument("--batch", type=int, default=128, help="windows per step and GPU (default: 128)")
     vla.add_argument("--reuse", type=float, default=4.0, help="uses of every window on average (default: 4)")
@@ -45,6 +48,8 @@ def _vla(args: argparse.Namespace) -> int:
     for name in ("minutes", "batch", "reuse", "rate", "buffer"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name} must be positive, found {getattr(args, name)}")
+    if not 0 <= args.own_drives < 1:
+        raise InputError(f"--own-drives must be at least 0 and less than 1, found {args.own_drives}")
     if args.workers < 0:
         raise InputError(f"--workers must be 0 or more, found {args.workers}")
     if args.out.exists() and any(args.out.iterdir()):
@@ -57,6 +62,7 @@ def _vla(args: argparse.Namespace) -> int:
         buffer=args.buffer,
         workers=args.workers,
         seed=args.seed,
+        own_drives=args.own_drives,
         compiled_layers=args.compile_layers,
     )
     result = run_stage(args.out, settings, device=args.device, resume=args.resume)

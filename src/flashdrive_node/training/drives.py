@@ -84,11 +84,12 @@ def windows_of(job: DriveJob) -> Windows:
     keys = scene_keys(job.split, np.arange(job.first, job.first + job.scenes))
     drive = disturbed_drive(sample_scenes(keys), job.steps, job.disturbance, rng)
     step, scene = choose(drive, job.windows, job.balance, rng)
-    return label(
+    windows, sound = label(
         select(drive.scene, scene),
         history_states(drive.states, step, scene),
         Sight(*(t[step, scene] for t in drive.seen)),
     )
+    return windows.rows(sound.nonzero()[:, 0])
 
 
 def disturbance_of(scenes: int, steps: int, settings: Disturbance, rng: np.random.Generator) -> Tensor:
@@ -178,8 +179,8 @@ def history_states(states: State, step: Tensor, scene: Tensor) -> list[State]:
     return [at(states, step - back, scene) for back in range(HISTORY - 1, -1, -1)]
 
 
-def label(scene: Scene, history: Sequence[State], seen: Sight) -> Windows:
-    """Windows with the expert's way on; those whose way on has a fault are left out.
+def label(scene: Scene, history: Sequence[State], seen: Sight) -> tuple[Windows, Tensor]:
+    """Windows with the expert's way on, and where that way has no fault: bool [N].
 
     Args:
         scene: N scenes.
@@ -210,4 +211,4 @@ def label(scene: Scene, history: Sequence[State], seen: Sight) -> Windows:
         sentences=tuple(sentences(scene, start, Reason(*(t.cpu() for t in why)))),
         navigation=tuple(navigation(scene, start)),
     )
-    return windows.rows(sound.nonzero()[:, 0])
+    return windows, sound

@@ -6,7 +6,8 @@ weights are one flat tensor, so an update is a handful of kernels and one all-re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
@@ -95,10 +96,15 @@ class Optimiser:
 
     @torch.no_grad()
     def use_average(self) -> None:
-        """Put the moving average into the parameters; `use_master` takes it out again."""
+        """Put the moving average into the parameters."""
         torch._foreach_copy_(self.parameters, self._views(self.average))
 
-    @torch.no_grad()
-    def use_master(self) -> None:
-        """Put the weights that are trained into the parameters."""
-        torch._foreach_copy_(self.parameters, self._master_views)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in the parameters for a while, then what is trained again."""
+        self.use_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self._master_views)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from flashdrive_node.model.prompt_batch import PromptLayout
 from flashdrive_node.model.tokenizer import AlpamayoTokenizer
 from flashdrive_node.training.architecture import IMAGE_SIZE
 from flashdrive_node.training.assessment import assess
+from flashdrive_node.training.closed_loop_supply import ClosedLoopSupply, LoopSettings
 from flashdrive_node.training.drives import DriveJob
 from flashdrive_node.training.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.training.losses import AuxiliaryHeads, losses, total
@@ -28,6 +28,7 @@ from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.pictures import Photographer, retouch
 from flashdrive_node.training.replay_buffer import Batch, ReplayBuffer, Scribe
 from flashdrive_node.training.source import WindowSource
+from flashdrive_node.training.supply import DriveSupply, MixedSupply, Supply
 from flashdrive_node.training.training_log import TrainingLog, mean_rows
 from flashdrive_node.training.windows import Windows, join
 from flashdrive_node.world.frames import FRAMES
@@ -64,6 +65,9 @@ class TrainingSettings:
     workers: int = 8
     scenes: int = 512
     windows_per_scene: int = 2
+    #: Share of the windows that come from the model's own drives, and the temperature of its reasoning there.
+    own_drives: float = 0.0
+    temperature: float = 0.6
     #: Windows of the validation split.
     validation: int = 512
     #: Compile the renderer, and the layers of the networks.
@@ -82,22 +86,6 @@ class Rank:
     def first(self) -> bool:
         """Whether it is the one that logs and saves."""
         return self.index == 0
-
-
-class FreshWindows(Iterator[Windows]):
-    """Chunks of windows on the device, from drives that are computed beside it."""
-
-    def __init__(self, source: WindowSource, chunk: int, device: torch.device):
-        self.source, self.chunk, self.device = source, chunk, device
-        self._rest: Windows | None = None
-
-    def __next__(self) -> Windows:
-        while self._rest is None or len(self._rest) < self.chunk:
-            more = next(self.source).to(self.device)
-            self._rest = more if self._rest is None else join(self._rest, more)
-        rows = torch.arange(len(self._rest), device=self.device)
-        taken, self._rest = self._rest.rows(rows[: self.chunk]), self._rest.rows(rows[self.chunk :])
-        return taken
 
 
 class VlaTrainer:
@@ -135,24 +123,20 @@ class VlaTrainer:
         if settings.compiled_layers:
             _compile_layers(model)
 
-    def run(self, fresh: Iterator[Windows] | None = None) -> TrainingLog:
-        """Train for the time that is set, and measure the averaged weights, which stay in the model.
-
-        Args:
-            fresh: Gives windows on the device, `settings.chunk` at a time; by default those of new drives.
-        """
+    def run(self) -> TrainingLog:
+        """Train for the time that is set, and measure the averaged weights, which stay in the model."""
         s = self.settings
         source = WindowSource(self._job("train", s.scenes), s.workers, self.rank.index, self.rank.count)
         try:
             started = time.monotonic()
             validation = self._validation() if self.rank.first else None
-            fresh = fresh or FreshWindows(source, s.chunk, self.device)
-            for _ in range(-(-min(s.first, s.buffer) // s.chunk)):
-                self._take(fresh)
+            supply = self._supply(source)
+            while self.buffer.written < min(s.first, s.buffer):
+                self.buffer.add(supply().samples)
             self._synchronise()
             self.log.conditions["start_up_s"] = time.monotonic() - started
             logger.info("started after %.0f s", self.log.conditions["start_up_s"])
-            self._loop(fresh, validation)
+            self._loop(supply, validation)
         finally:
             source.close()
         self.optimiser.use_average()
@@ -178,19 +162,29 @@ class VlaTrainer:
         samples = [self.scribe.write(part, self.photographer.shoot(part)) for part in parts]
         return join(*parts), Batch(*(torch.cat(column) for column in zip(*samples, strict=True)))
 
-    def _take(self, fresh: Iterator[Windows]) -> None:
-        windows = next(fresh)
-        self.buffer.add(self.scribe.write(windows, self.photographer.shoot(windows)))
+    def _supply(self, source: WindowSource) -> Supply:
+        drives = DriveSupply(source, self.photographer, self.scribe)
+        s = self.settings
+        if not s.own_drives:
+            return drives
+        scenes = FRAMES * s.chunk
+        # Behind the scenes of the other supply.
+        first = s.seed * 10**9 + 5 * 10**8 + self.rank.index * scenes
+        loop = LoopSettings(first, self.rank.count * scenes, s.seed)
+        policy = BatchedPolicy(self.model, self.tokenizer, temperature=s.temperature, seed=s.seed + self.rank.index)
+        own = ClosedLoopSupply(policy, self.photographer, self.scribe, loop, self.optimiser.averaged)
+        return MixedSupply([(drives, 1 - s.own_drives), (own, s.own_drives)])
 
-    def _loop(self, fresh: Iterator[Windows], validation: tuple[Windows, Batch] | None) -> None:
+    def _loop(self, supply: Supply, validation: tuple[Windows, Batch] | None) -> None:
         s = self.settings
         seconds, owed, rows = 60 * s.minutes, 0.0, []
         started, validated = time.monotonic(), 0.0
         shared = torch.zeros((), device=self.device)
         with tqdm(total=round(seconds), unit="s", disable=not self.rank.first, mininterval=5.0) as bar:
             while True:
-                self._take(fresh)
-                owed += s.reuse * s.chunk / s.batch
+                fresh = supply()
+                self.buffer.add(fresh.samples)
+                owed += s.reuse * fresh.nominal / s.batch
                 while owed >= 1.0:
                     owed -= 1.0
                     row, shared = self._step((time.monotonic() - started) / seconds)
@@ -203,9 +197,8 @@ class VlaTrainer:
                 passed = time.monotonic() - started
                 if validation is not None and passed > validated + _VALIDATION_S:
                     validated = passed
-                    self.optimiser.use_average()
-                    self._validate(validation[1], passed)
-                    self.optimiser.use_master()
+                    with self.optimiser.averaged():
+                        self._validate(validation[1], passed)
 
     def _step(self, clock: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One update: losses and gradient norm [names + 1], and the clock of all ranks, both on the device."""
