@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "benchmark-node": ("benchmark_node", "measure what the node costs around the engine, over real DDS"),
     "world": ("world", "draw the procedural driving world, and check the expert that drives in it"),
     "drive": ("drive", "let a checkpoint drive in the procedural world, and score it beside baselines"),
+    "train": ("train", "train the small model in the procedural world"),
     "node": ("node", "start the ROS 2 driving node"),
     "replay": ("replay", "play a rosbag through the node, record what it publishes, and summarise the run"),
 }
