@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 #: Off until it is measured.
 ENABLED = False
 
@@ -25,13 +24,7 @@ ENABLED = False
 @lru_cache(maxsize=16)
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options for kernels that call `wait_for_previous`; Hopper and newer devices can."""
-    import os
-
-    if (
-        os.environ.get("X_OVERLAP") == "1"
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    ):
+    if ENABLED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
 
