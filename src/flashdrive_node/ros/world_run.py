@@ -18,7 +18,7 @@ from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.evaluation.world_views import world_cameras
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.ros.driver_link import DriverError, DriverLink
-from flashdrive_node.ros.scene_drive import DriveMode, SceneDrive, WindowLog
+from flashdrive_node.ros.scene_drive import DriveMode, OnWindow, SceneDrive, WindowLog
 from flashdrive_node.ros.world_clock import WorldClock
 from flashdrive_node.ros.world_sensors import WorldSensors, wait_until_heard
 from flashdrive_node.runtime.rig import Rig, RigError, load_rig
@@ -136,7 +136,7 @@ class World:
         rig = load_rig(options.rig)
         width, height = picture_size(rig, options.size)
         cameras = tuple(world_cameras(rig).values())
-        self._frames = FrameSettings(cameras=cameras, width=width, height=height, chunk=1)
+        self.frames = FrameSettings(cameras=cameras, width=width, height=height, chunk=1)
         self.options = options
         self.sensors = WorldSensors(node, rig, options.file_format)
         self.clock = WorldClock(node)
@@ -163,6 +163,10 @@ class World:
         if missing:
             raise DriverError(f"{self.options.driver} must subscribe to every input, nobody does to {missing}")
 
+    def scene_drive(self, loop: ClosedLoop, on_window: OnWindow | None = None) -> SceneDrive:
+        """The drive of a loop with one scene and this world's `frames`, from where time stands now."""
+        return SceneDrive(loop, self.link, self.sensors, self.clock, self._begin_ns, self.options.mode, on_window)
+
     def drive(self, index: int, on_step: Callable[[], object]) -> tuple[SceneRow, WindowLog]:
         """Drive one scene.
 
@@ -176,8 +180,8 @@ class World:
         settings = self.options.run
         scene = move(sample_scenes(scene_keys(settings.split, [index])), self.options.device)
         expert = expert_scores(scene, settings.steps)
-        loop = ClosedLoop(scene, self._frames)
-        drive = SceneDrive(loop, self.link, self.sensors, self.clock, self._begin_ns, self.options.mode)
+        loop = ClosedLoop(scene, self.frames)
+        drive = self.scene_drive(loop)
         drive.start()
         for _ in range(settings.steps):
             drive.step()
