@@ -75,13 +75,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _closed_loop(args: argparse.Namespace) -> int:
     settings = RunSettings(args.split, args.seconds, args.replan, policy_batch=args.batch)
-    rows, wall_s = {}, {}
-    for policy in args.policy:
-        begun = time.perf_counter()
-        work = ClosedLoopWork(policy, _model(args), settings, _size(args.size))
-        rows[policy] = spread(work, _indices(args), devices_of(args.device), policy)
-        wall_s[policy] = round(time.perf_counter() - begun, 1)
-    report = DriveReport(settings, rows, _conditions(args, wall_s))
+    begun = time.perf_counter()
+    work = ClosedLoopWork(tuple(args.policy), _model(args), settings, _size(args.size))
+    driven = spread(work, _indices(args), devices_of(args.device), "closed loop")
+    rows = {policy: [row for name, row in driven if name == policy] for policy in args.policy}
+    report = DriveReport(settings, rows, _conditions(args, begun))
     text = drive_report.markdown(report)
     print(text)
     if args.out is not None:
@@ -97,9 +95,8 @@ def _open_loop(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     work = OpenLoopWork(policies, _model(args), choice, args.batch, _size(args.size))
     answered = spread(work, _indices(args), devices_of(args.device), "open loop")
-    wall_s = {"all": round(time.perf_counter() - begun, 1)}
     rows = {policy: [row for row in answered if row.policy == policy] for policy in policies}
-    report = OpenLoopReport(choice, rows, _conditions(args, wall_s))
+    report = OpenLoopReport(choice, rows, _conditions(args, begun))
     text = open_loop_report.markdown(report)
     print(text)
     if args.out is not None:
@@ -113,9 +110,10 @@ def _indices(args: argparse.Namespace) -> range:
     return range(args.first, args.first + args.scenes)
 
 
-def _conditions(args: argparse.Namespace, wall_s: dict[str, float]) -> dict[str, Any]:
+def _conditions(args: argparse.Namespace, begun: float) -> dict[str, Any]:
     names = ("checkpoint", "first", "scenes", "size", "precision", "temperature", "flow_steps", "seed")
     found = {name: getattr(args, name) for name in names}
+    wall_s = round(time.perf_counter() - begun, 1)
     return {**found, "samples": _samples(args), "devices": devices_of(args.device), "wall_s": wall_s}
 
 
