@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from flashdrive_node.cli import schedule as command
 from flashdrive_node.cli.main import main
 from flashdrive_node.engine.flow_schedule import FlowSchedule, integrate
 from flashdrive_node.engine.plain import PlainEngine
@@ -29,6 +28,7 @@ from flashdrive_node.evaluation.schedule_search import (
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.model.sampling import SamplingSettings
+from flashdrive_node.runtime import rig
 from support.driven_bag import RIG, write_bag
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
@@ -158,7 +158,7 @@ class MadeUpClips:
 
 def test_search_finds_the_known_schedule(loaded, drive):
     source = MadeUpClips(drive, (5, 3, 4))
-    settings = SearchSettings(evaluations=2, steps=(8,), windows=8, stride=2)
+    settings = SearchSettings(evaluations=2, steps=(8,), limit=8, stride=2)
     result = search(LateTurn(loaded, 1, GREEDY), source, settings)
     # Windows 0, 2, 4 of the first clip, 0, 2 of the others: 7, every second of them scored.
     assert (result.searched, result.scored) == (4, 3)
@@ -190,7 +190,7 @@ def test_search_finds_the_known_schedule(loaded, drive):
 
 def test_windows_are_limited_and_truth_may_be_unknown(loaded, drive):
     source = MadeUpClips(drive, (6, 6), truth=False)
-    result = search(LateTurn(loaded, 1, GREEDY), source, SearchSettings(evaluations=2, steps=(4,), windows=4, stride=1))
+    result = search(LateTurn(loaded, 1, GREEDY), source, SearchSettings(evaluations=2, steps=(4,), limit=4, stride=1))
     assert (result.searched, result.scored) == (2, 2)
     assert source.taken == [("clip0", i) for i in (*range(5), *range(5))]  # the fifth only to see that it is too many
     assert result.scores[0].ade_m is None
@@ -205,16 +205,16 @@ def test_windows_are_limited_and_truth_may_be_unknown(loaded, drive):
     ("lengths", "message"), [((), "2 windows are required, found none"), ((1,), "2 windows are required, found 1")]
 )
 def test_too_few_windows(loaded, drive, lengths, message):
-    settings = SearchSettings(evaluations=2, steps=(4,), windows=4, stride=1)
+    settings = SearchSettings(evaluations=2, steps=(4,), limit=4, stride=1)
     with pytest.raises(InputError, match=message):
         search(LateTurn(loaded, 1, GREEDY), MadeUpClips(drive, lengths), settings)
 
 
 def test_command_on_a_recording(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "load_rig", lambda name: {"driven": RIG}[name])
+    monkeypatch.setattr(rig, "load_rig", lambda name: {"driven": RIG}[name])
     write_bag(tmp_path / "bag", 9.0)
     arguments = ["schedule", str(CHECKPOINT), "--bag", str(tmp_path / "bag"), "--rig", "driven", "--device", "cpu"]
-    arguments += ["--evaluations", "2", "--steps", "4", "--windows", "2", "--stride", "1", "--out", str(tmp_path)]
+    arguments += ["--evaluations", "2", "--steps", "4", "--limit", "2", "--stride", "1", "--out", str(tmp_path)]
     assert main([*arguments, "--max-generation-length", "6"]) == 0
     content = json.loads((tmp_path / "schedule.json").read_text())
     assert (content["source"], content["searched"], content["scored"]) == ("bags bag", 1, 1)
@@ -228,10 +228,11 @@ def test_command_on_a_recording(tmp_path, capsys, monkeypatch):
     [
         (["--bag", "missing"], "a rosbag2 directory or file is required, found nothing there"),
         (["--bag", "missing", "--rig", "nothing"], "nothing"),
-        (["--world", "train"], "SPLIT:INDICES such as train:0-99 is required, found 'train'"),
+        ([], "one of --bag, --world and --physical-ai is required, found none"),
+        (["--world", "train"], "--world: indices such as 17 or 0-199 are required, found ''"),
         (["--world", "moon:0-3"], "a split of"),
         (["--world", "train:0-3", "--evaluations", "9"], "found 9 of (8, 10)"),
-        (["--world", "train:0-3", "--windows", "1"], "2 windows and a stride of 1 or more are required, found 1"),
+        (["--world", "train:0-3", "--limit", "1"], "2 windows and a stride of 1 or more are required, found 1"),
     ],
 )
 def test_bad_requests_end_with_one_message(capsys, arguments, message):

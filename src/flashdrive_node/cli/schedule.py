@@ -7,19 +7,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from flashdrive_node.cli.clip_options import add_clip_options, clip_source
 from flashdrive_node.engine.settings import PlainSettings
-from flashdrive_node.evaluation.bag_clips import BagClips
-from flashdrive_node.evaluation.clip import ClipError, ClipSource, parse_range
+from flashdrive_node.evaluation.clip import ClipError
 from flashdrive_node.evaluation.flow_probe import FlowProbe
 from flashdrive_node.evaluation.schedule_report import figure_png, markdown
 from flashdrive_node.evaluation.schedule_search import SearchSettings, search
-from flashdrive_node.evaluation.world_clips import WorldClips
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.model.sampling import SamplingSettings
-from flashdrive_node.runtime.rig import RigError, load_rig
 
-#: Windows of a clip that are made: two of them, a second apart, with the default stride.
+#: Of a clip: two of them, a second apart, with the default stride.
 _CLIP_WINDOWS = 11
 
 
@@ -27,16 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the subcommand."""
     standard = SearchSettings()
     parser.add_argument("checkpoint", help="checkpoint directory or Hugging Face id")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--bag", type=Path, nargs="+", metavar="BAG", help="rosbag2 directories or files")
-    source.add_argument("--world", metavar="SPLIT:INDICES", help="scenes of the procedural world, such as train:0-99")
-    parser.add_argument("--rig", default="sample", help="with --bag: name or file of the camera rig (default: sample)")
+    add_clip_options(parser, _CLIP_WINDOWS)
     parser.add_argument("--evaluations", type=int, default=standard.evaluations, help="wanted (default: 4)")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=list(standard.steps), help="chosen from (default: 8 10)"
     )
-    parser.add_argument("--windows", type=int, default=standard.windows, help="at most (default: 100)")
-    parser.add_argument("--clip-windows", type=int, default=_CLIP_WINDOWS, help="per clip (default: 11)")
+    parser.add_argument("--limit", type=int, default=standard.limit, help="windows in all (default: 100)")
     parser.add_argument("--stride", type=int, default=standard.stride, help="take every so-manieth (default: 10)")
     parser.add_argument("--samples", type=int, default=1, help="trajectories per window (default: 1)")
     parser.add_argument("--max-generation-length", type=int, default=128, help="longest text, tokens (default: 128)")
@@ -48,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of candidates."""
-    settings = SearchSettings(args.evaluations, tuple(args.steps), args.windows, args.stride, args.seed)
+    settings = SearchSettings(args.evaluations, tuple(args.steps), args.limit, args.stride, args.seed)
     engine = PlainSettings(args.checkpoint, device=args.device, precision=args.precision, samples=args.samples)
     sampling = replace(SamplingSettings(), max_length=args.max_generation_length)
+    source = clip_source(args, engine.torch_device)
+    loaded = load_alpamayo(args.checkpoint, engine.torch_device, engine.dtype)
     try:
-        source = _source(args)
-        loaded = load_alpamayo(args.checkpoint, engine.torch_device, engine.dtype)
         result = search(FlowProbe(loaded, args.samples, sampling), source, settings)
-    except (ClipError, RigError) as error:
+    except ClipError as error:
         raise InputError(str(error)) from error
     print(markdown(result))
     if args.out:
@@ -65,12 +59,3 @@ def run(args: argparse.Namespace) -> int:
         (args.out / "schedule.png").write_bytes(figure_png(result))
         print(f"written to {args.out}")
     return 0
-
-
-def _source(args: argparse.Namespace) -> ClipSource:
-    if args.bag:
-        return BagClips(args.bag, load_rig(args.rig), args.clip_windows)
-    split, colon, indices = args.world.partition(":")
-    if not colon:
-        raise InputError(f"--world: SPLIT:INDICES such as train:0-99 is required, found {args.world!r}")
-    return WorldClips(split, parse_range(indices, "--world"), args.clip_windows)

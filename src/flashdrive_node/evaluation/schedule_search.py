@@ -42,7 +42,7 @@ class SearchSettings:
     #: Numbers of equal steps that evaluations are chosen from.
     steps: tuple[int, ...] = (8, 10)
     #: Windows at most; every second one for the search, the others for the scores.
-    windows: int = 100
+    limit: int = 100
     #: Every so-manieth window of a clip: neighbours resemble each other.
     stride: int = 10
     seed: int = 0
@@ -53,8 +53,8 @@ class SearchSettings:
             problems.append(
                 f"evaluations from 1 to the number of steps are required, found {self.evaluations} of {self.steps}"
             )
-        if self.windows < 2 or self.stride < 1:
-            problems.append(f"2 windows and a stride of 1 or more are required, found {self.windows} and {self.stride}")
+        if self.limit < 2 or self.stride < 1:
+            problems.append(f"2 windows and a stride of 1 or more are required, found {self.limit} and {self.stride}")
         if problems:
             raise InputError("schedule search: " + "; ".join(problems))
 
@@ -114,7 +114,7 @@ def search(probe: FlowProbe, source: ClipSource, settings: SearchSettings) -> Se
         ModelError, ClipError: A window cannot be used.
     """
     notes: dict[str, list[str]] = {}
-    with tqdm(total=settings.windows, desc="full integrations", unit="window") as bar:
+    with tqdm(total=settings.limit, desc="full integrations", unit="window") as bar:
         recorded: dict[int, list[Tensor]] = defaultdict(list)
         for _, flow in _flows(probe, source, settings, 0, notes, bar):
             for steps in settings.steps:
@@ -232,14 +232,14 @@ def _flows(
         for number, window in enumerate(clip.windows):
             if number % settings.stride:
                 continue
-            if chosen == settings.windows:
+            if chosen == settings.limit:
                 return
             if chosen % 2 == half:
                 seed = zlib.crc32(f"{settings.seed} {clip.name} {number}".encode())
                 yield (clip.name, window), probe.window(window.observation, seed)
                 bar.update()
             chosen += 1
-        if chosen == settings.windows:
+        if chosen == settings.limit:
             return
 
 
