@@ -136,7 +136,9 @@ class ClosedLoopSupply:
         pictures = Pictures(images, classes.flatten(1), distance.flatten(1))
         history = tuple(self.states)
         xyz, rot = relative_poses(history, history[-1])
-        plan = self.policy.plan(images, xyz, rot, navigation(self.scene, history[-1]))
+        # Layers that were compiled for training would be compiled again for every new length.
+        with torch.compiler.set_stance("force_eager"):
+            plan = self.policy.plan(images, xyz, rot, navigation(self.scene, history[-1]))
         self._keep(decide(self.scene, history[-1]), history, pictures)
         for step in range(self.settings.replan):
             if step:

@@ -27,7 +27,7 @@ from flashdrive_node.world.solids import Pixel
 WEIGHTS: Mapping[str, float] = {
     "text": 1.0,
     "flow": 1.0,
-    "path": 0.5,
+    "path": 0.15,
     "seen": 1.0,
     "understood": 0.5,
     "decision": 0.5,

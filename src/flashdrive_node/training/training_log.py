@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 
 @dataclass
@@ -59,3 +62,33 @@ def draw(log: TrainingLog, path: Path) -> None:
 def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Column means of rows that have the same keys."""
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+class Stopwatch:
+    """Mean duration of the parts of a loop, measured now and then, since a device must be waited for."""
+
+    def __init__(self, device: torch.device, every: int = 20):
+        """Measure every so many runs of a part."""
+        self.device, self.every = device, every
+        #: Seconds by part.
+        self.means: dict[str, float] = {}
+        self._runs: dict[str, int] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Run a part."""
+        self._runs[name] = self._runs.get(name, 0) + 1
+        if self._runs[name] % self.every:
+            yield
+            return
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        number = self._runs[name] // self.every
+        mean = self.means.get(name, 0.0)
+        self.means[name] = mean + (time.perf_counter() - started - mean) / number
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

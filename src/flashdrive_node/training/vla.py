@@ -29,7 +29,7 @@ from flashdrive_node.training.pictures import Photographer, retouch
 from flashdrive_node.training.replay_buffer import Batch, ReplayBuffer, Scribe
 from flashdrive_node.training.source import WindowSource
 from flashdrive_node.training.supply import DriveSupply, MixedSupply, Supply
-from flashdrive_node.training.training_log import TrainingLog, mean_rows
+from flashdrive_node.training.training_log import Stopwatch, TrainingLog, mean_rows
 from flashdrive_node.training.windows import Windows, join
 from flashdrive_node.world.frames import FRAMES
 
@@ -116,12 +116,13 @@ class VlaTrainer:
         self.photographer = Photographer(settings.chunk, compiled=settings.compiled_pictures)
         self.buffer = ReplayBuffer(settings.buffer)
         self.generator = torch.Generator(self.device).manual_seed(1000 * settings.seed + self.rank.index)
-        self.optimiser = Optimiser([*model.parameters(), *heads.parameters()], settings.rate)
+        ends = ((f"heads.{name}", parameter) for name, parameter in heads.named_parameters())
+        self.optimiser = Optimiser([*model.named_parameters(), *ends], settings.rate)
         self.baseline = HistoryBaseline(model.config.action_space).to(self.device)
         self.baseline_optimiser = torch.optim.AdamW(self.baseline.parameters(), lr=1e-3, weight_decay=1e-3)
         self.log = TrainingLog({"settings": asdict(settings), "ranks": self.rank.count, "device": _device_name(model)})
         if settings.compiled_layers:
-            _compile_layers(model)
+            compile_layers(model)
 
     def run(self) -> TrainingLog:
         """Train for the time that is set, and measure the averaged weights, which stay in the model."""
@@ -144,7 +145,9 @@ class VlaTrainer:
             windows, samples = validation
             self._validate(samples, s.minutes * 60)
             policy = BatchedPolicy(self.model, self.tokenizer, seed=s.seed)
-            self.log.result |= assess(policy, self.baseline, windows, samples)
+            # Other shapes than in training would all be compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                self.log.result |= assess(policy, self.baseline, windows, samples)
         return self.log
 
     def _job(self, split: str, scenes: int) -> DriveJob:
@@ -180,14 +183,18 @@ class VlaTrainer:
         seconds, owed, rows = 60 * s.minutes, 0.0, []
         started, validated = time.monotonic(), 0.0
         shared = torch.zeros((), device=self.device)
+        watch = Stopwatch(self.device)
+        self.log.conditions["seconds"] = watch.means
         with tqdm(total=round(seconds), unit="s", disable=not self.rank.first, mininterval=5.0) as bar:
             while True:
-                fresh = supply()
-                self.buffer.add(fresh.samples)
+                with watch.part("fresh windows"):
+                    fresh = supply()
+                    self.buffer.add(fresh.samples)
                 owed += s.reuse * fresh.nominal / s.batch
                 while owed >= 1.0:
                     owed -= 1.0
-                    row, shared = self._step((time.monotonic() - started) / seconds)
+                    with watch.part("step"):
+                        row, shared = self._step((time.monotonic() - started) / seconds)
                     rows.append(row)
                     if len(rows) == _LOG_STEPS:
                         self._log(rows, time.monotonic() - started, bar)
@@ -227,7 +234,8 @@ class VlaTrainer:
         rows = []
         for part in torch.arange(len(samples.lengths), device=self.device).split(self.settings.batch):
             batch = Batch(*(column[part] for column in samples))
-            parts = losses(self.model, self.heads, batch, self.layout, self.settings.draws, generator)
+            with torch.compiler.set_stance("force_eager"):
+                parts = losses(self.model, self.heads, batch, self.layout, self.settings.draws, generator)
             rows.append({name: float(value) for name, value in parts.items()})
         self.log.validation.append({"seconds": seconds, "step": self.optimiser.steps, **mean_rows(rows)})
 
@@ -259,7 +267,7 @@ def _device_name(model: Alpamayo) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def _compile_layers(model: Alpamayo) -> None:
+def compile_layers(model: Alpamayo) -> None:
     """Fuse what stands between the matrix products of a layer."""
     for block in model.vision.blocks:
         block.compile(dynamic=False)
