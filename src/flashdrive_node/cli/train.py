@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from flashdrive_node.cli import train_drafter
 from flashdrive_node.model.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Train the small Alpamayo. Several GPUs: torchrun --nproc-per-node N -m flashdrive_node.cli.main "
         "train vla ...",
     )
+    drafter = actions.add_parser(
+        "drafter", help="a drafter for speculative decoding, on texts that a checkpoint writes"
+    )
+    train_drafter.add_arguments(drafter)
     vla.add_argument("out", type=Path, metavar="DIR", help="new directory for checkpoint, history baseline and log")
     vla.add_argument("--minutes", type=float, default=10.0, help="time of training, behind start-up (default: 10)")
     vla.add_argument("--resume", type=Path, metavar="DIR", help="directory of an earlier stage to go on from")
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is asked for."""
-    return _vla(args)
+    return train_drafter.run(args) if args.what == "drafter" else _vla(args)
 
 
 def _vla(args: argparse.Namespace) -> int:
