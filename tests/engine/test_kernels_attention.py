@@ -93,9 +93,8 @@ def test_reference_equals_dense_computation(case):
     torch.testing.assert_close(found.double(), dense(q, keys, values, case[-1]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 16])
-@pytest.mark.parametrize("rows", [16, 64])
-def test_any_tiling_gives_the_same(splits, rows):
+@pytest.mark.parametrize(("rows", "splits"), [(16, 1), (16, 5), (64, 2), (64, 16)])
+def test_any_tiling_gives_the_same(rows, splits):
     """Splits without a block, tiles without a full one, and more splits than blocks."""
     from flashdrive_node.engine.kernels import triton_attention
 
@@ -142,6 +141,23 @@ def test_waypoint_visibility_is_the_prefix_the_own_text_and_the_own_waypoints():
     seen, earlier = ([set(row.nonzero()[:, 0].tolist()) for row in mask] for mask in (whole, causal))
     assert seen == [{0, 1, 2, 3, 4, 6, 7}] * 2 + [{0, 1, 2, 8, 9}] * 2
     assert earlier == [{0, 1, 2, 3, 4, 6}, {0, 1, 2, 3, 4, 6, 7}, {0, 1, 2, 8}, {0, 1, 2, 8, 9}]
+
+
+def test_stretches_that_touch_the_prefix_need_no_span():
+    one = waypoint_visibility(torch.tensor([5]), torch.tensor([[5, 8]]), torch.tensor([8]), 3)
+    assert one.limits.tolist() == [11, 11, 11]
+    assert not one.spans.any()
+    gap = waypoint_visibility(torch.tensor([5]), torch.tensor([[5, 8]]), torch.tensor([9]), 2)
+    assert gap.limits.tolist() == [8, 8]
+    assert gap.spans.tolist() == [[[0, 0], [9, 11]]] * 2
+
+
+def test_slots_behind_the_cache_are_not_read():
+    visible = Visible(*(integers(n).int() for n in ([90, 3], [[[0, 0]], [[50, 99]]])))
+    q, keys, values = draw(seeded(1), 2, 4, 64), draw(seeded(2), 2, 60, 64), draw(seeded(3), 2, 60, 64)
+    with forced("triton"):
+        found = attend_visible(q, keys, values, visible)
+    assert_close(found, dense(q, keys, values, visible), ulps=2)
 
 
 def test_bad_input_is_refused():

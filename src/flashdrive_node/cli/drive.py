@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from flashdrive_node.cli import drive_ros
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation import drive_report, open_loop_report
 from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
-from flashdrive_node.evaluation.devices import Work, devices_of, spread
+from flashdrive_node.evaluation.devices import devices_of, spread
 from flashdrive_node.evaluation.drive_report import DriveReport
 from flashdrive_node.evaluation.open_loop import OpenLoopWork
 from flashdrive_node.evaluation.open_loop_report import OpenLoopReport
@@ -21,8 +21,6 @@ from flashdrive_node.evaluation.world_windows import WindowChoice
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.world.draws import SPLITS
-
-Row = TypeVar("Row")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,64 +58,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flow-steps", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the model's noise (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write closed_loop or open_loop .json, .md and .png")
+    drive_ros.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Drive, print the tables and write the files."""
+    if args.scenes < 1:
+        raise InputError(f"--scenes must be at least 1, found {args.scenes}")
+    if args.ros:
+        return drive_ros.run(args, _size(args.size))
     needy = sorted({MODEL, HISTORY}.intersection(args.policy))
     if needy and args.checkpoint is None:
         raise InputError(f"a checkpoint is required for {' and '.join(needy)}; or choose others with --policy")
-    if args.scenes < 1:
-        raise InputError(f"--scenes must be at least 1, found {args.scenes}")
     return _open_loop(args) if args.open_loop else _closed_loop(args)
 
 
 def _closed_loop(args: argparse.Namespace) -> int:
     settings = RunSettings(args.split, args.seconds, args.replan, policy_batch=args.batch)
-    rows, wall_s = _spread(args, lambda policy: ClosedLoopWork(policy, _model(args), settings, _size(args.size)))
-    report = DriveReport(settings, rows, _conditions(args, wall_s))
-    print(drive_report.markdown(report))
+    begun = time.perf_counter()
+    work = ClosedLoopWork(tuple(args.policy), _model(args), settings, _size(args.size))
+    driven = spread(work, _indices(args), devices_of(args.device), "closed loop")
+    rows = {policy: [row for name, row in driven if name == policy] for policy in args.policy}
+    report = DriveReport(settings, rows, _conditions(args, begun))
+    text = drive_report.markdown(report)
+    print(text)
     if args.out is not None:
         from flashdrive_node.evaluation.drive_figure import figure_png
 
-        _write(args.out, "closed_loop", drive_report.as_json(report), drive_report.markdown(report), figure_png(report))
+        _write(args.out, "closed_loop", drive_report.as_json(report), text, figure_png(report))
     return 0
 
 
 def _open_loop(args: argparse.Namespace) -> int:
-    args.policy = [policy for policy in args.policy if policy != EXPERT]
-    if not args.policy:
-        raise InputError("open loop measures against the expert; another --policy is required")
+    policies = tuple(policy for policy in args.policy if policy != EXPERT)
     choice = WindowChoice(args.split, seed=args.seed)
-    rows, wall_s = _spread(
-        args, lambda policy: OpenLoopWork(policy, _model(args), choice, args.batch, _size(args.size))
-    )
-    report = OpenLoopReport(choice, rows, _conditions(args, wall_s))
-    print(open_loop_report.markdown(report))
+    begun = time.perf_counter()
+    work = OpenLoopWork(policies, _model(args), choice, args.batch, _size(args.size))
+    answered = spread(work, _indices(args), devices_of(args.device), "open loop")
+    rows = {policy: [row for row in answered if row.policy == policy] for policy in policies}
+    report = OpenLoopReport(choice, rows, _conditions(args, begun))
+    text = open_loop_report.markdown(report)
+    print(text)
     if args.out is not None:
         from flashdrive_node.evaluation.open_loop_figure import figure_png
 
-        text = open_loop_report.markdown(report)
         _write(args.out, "open_loop", open_loop_report.as_json(report), text, figure_png(report))
     return 0
 
 
-def _spread(
-    args: argparse.Namespace, work_of: Callable[[str], Work[Row]]
-) -> tuple[dict[str, list[Row]], dict[str, float]]:
-    """Rows and wall time by policy."""
-    rows, wall_s = {}, {}
-    indices = range(args.first, args.first + args.scenes)
-    for policy in args.policy:
-        begun = time.perf_counter()
-        rows[policy] = spread(work_of(policy), indices, devices_of(args.device), policy)
-        wall_s[policy] = round(time.perf_counter() - begun, 1)
-    return rows, wall_s
+def _indices(args: argparse.Namespace) -> range:
+    return range(args.first, args.first + args.scenes)
 
 
-def _conditions(args: argparse.Namespace, wall_s: dict[str, float]) -> dict[str, Any]:
+def _conditions(args: argparse.Namespace, begun: float) -> dict[str, Any]:
     names = ("checkpoint", "first", "scenes", "size", "precision", "temperature", "flow_steps", "seed")
     found = {name: getattr(args, name) for name in names}
+    wall_s = round(time.perf_counter() - begun, 1)
     return {**found, "samples": _samples(args), "devices": devices_of(args.device), "wall_s": wall_s}
 
 

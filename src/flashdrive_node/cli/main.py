@@ -21,10 +21,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "run the whole node on a bundled drive and write a video, a rosbag and a report"),
     "inspect": ("inspect", "show what a checkpoint is, what it needs in memory, and what is wrong with it"),
     "parity": ("parity", "compare this implementation with recordings of the reference, stage by stage"),
+    "evaluate": ("evaluate", "accuracy in open loop over recordings, worlds or PhysicalAI clips, with intervals"),
     "benchmark": ("benchmark", "time every stage of the model on this machine"),
+    "schedule": ("schedule", "find the flow steps that are worth an evaluation, on windows of a checkpoint's use"),
     "benchmark-node": ("benchmark_node", "measure what the node costs around the engine, over real DDS"),
     "world": ("world", "draw the procedural driving world, and check the expert that drives in it"),
     "drive": ("drive", "let a checkpoint drive in the procedural world, and score it beside baselines"),
+    "train": ("train", "train the small model in the procedural world"),
     "node": ("node", "start the ROS 2 driving node"),
     "replay": ("replay", "play a rosbag through the node, record what it publishes, and summarise the run"),
 }
@@ -43,6 +46,7 @@ Expected errors (a file that is not there, a checkpoint that does not fit) end w
 _MISSING = {
     "rclpy": "source ROS 2 Jazzy (source /opt/ros/jazzy/setup.bash), or pip install 'flashdrive_node[ros]'",
     "rosbags": "pip install 'flashdrive_node[tools]'",
+    "physical_ai_av": "pip install 'flashdrive_node[physical_ai]'",
     "matplotlib": "pip install 'flashdrive_node[tools]'",
 }
 

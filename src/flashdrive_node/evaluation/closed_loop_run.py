@@ -74,62 +74,55 @@ class SceneRow:
 
 @dataclass(frozen=True)
 class ClosedLoopWork:
-    """Driving scenes by a policy that is made where it drives, for `devices.spread`."""
+    """Driving scenes by policies that are made where they drive, for `devices.spread`."""
 
-    policy: str
+    policies: tuple[str, ...]
     model: PlainSettings
     run: RunSettings
     #: Width and height of the pictures.
     size: tuple[int, int] = (288, 160)
 
     def total(self, indices: Sequence[int]) -> int:
-        """Steps of all batches."""
-        return self.run.steps * math.ceil(len(indices) / self.run.batch)
+        """Steps of all policies and batches."""
+        return len(self.policies) * self.run.steps * math.ceil(len(indices) / self.run.batch)
 
-    def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[SceneRow]:
-        """A row per scene."""
-        policy = make_policy(self.policy, replace(self.model, device=device), self.run.policy_batch)
+    def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[tuple[str, SceneRow]]:
+        """Name of the policy and a row, for every policy and scene."""
+        model = replace(self.model, device=device)
+        policies = {name: make_policy(name, model, self.run.policy_batch) for name in self.policies}
         frames = FrameSettings.for_device(device, *self.size)
-        return run_scenes(policy, indices, self.run, device, frames, lambda loop, plans: progress(1))
+        rows: list[tuple[str, SceneRow]] = []
+        for first in range(0, len(indices), self.run.batch):
+            part = list(indices[first : first + self.run.batch])
+            scene = move(sample_scenes(scene_keys(self.run.split, part)), device)
+            expert = expert_scores(scene, self.run.steps)
+            for name, policy in policies.items():
+                done = drive_batch(policy, part, scene, expert, self.run, frames, lambda loop, plans: progress(1))
+                rows += [(name, row) for row in done]
+        return rows
 
 
-def run_scenes(
+def drive_batch(
     policy: Policy | None,
     indices: Sequence[int],
+    scene: Scene,
+    expert: Scores,
     settings: RunSettings,
-    device: torch.device | str = "cpu",
-    frames: FrameSettings | None = None,
+    frames: FrameSettings,
     on_step: OnStep | None = None,
 ) -> list[SceneRow]:
-    """Drive scenes.
+    """Drive scenes in lock-step.
 
     Args:
         policy: Who plans; None lets the expert itself drive.
-        indices: Of the scenes in the split.
+        indices: Of the scenes in their split.
+        scene: The scenes, on the device that computes.
+        expert: Of `expert_scores` on them.
         settings: How.
-        device: Where.
-        frames: How pictures are made, for policies that see; by default as the device likes it.
+        frames: How pictures are made, for policies that see.
         on_step: Called after every step, for progress and videos.
     """
-    rows: list[SceneRow] = []
-    frames = (frames or FrameSettings.for_device(device)) if policy is not None and policy.sees else None
-    for first in range(0, len(indices), settings.batch):
-        part = list(indices[first : first + settings.batch])
-        scene = move(sample_scenes(scene_keys(settings.split, part)), device)
-        rows += _run_batch(policy, part, scene, settings, frames, on_step)
-    return rows
-
-
-def _run_batch(
-    policy: Policy | None,
-    indices: list[int],
-    scene: Scene,
-    settings: RunSettings,
-    frames: FrameSettings | None,
-    on_step: OnStep | None,
-) -> list[SceneRow]:
-    expert = expert_scores(scene, settings.steps)
-    loop = ClosedLoop(scene, frames)
+    loop = ClosedLoop(scene, frames if policy is not None and policy.sees else None)
     following = torch.zeros(len(scene), dtype=torch.int64, device=scene.device)
     texts, malformed = [0] * len(scene), [0] * len(scene)
     plans: Plans | None = None

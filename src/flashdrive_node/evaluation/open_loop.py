@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.devices import Progress
 from flashdrive_node.evaluation.metrics import path_errors
-from flashdrive_node.evaluation.policies import Policy, make_policy
+from flashdrive_node.evaluation.policies import EXPERT, Policy, make_policy
 from flashdrive_node.evaluation.world_windows import WindowChoice, WorldWindows, world_windows
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.world.decision_text import parse
@@ -26,6 +26,7 @@ _SCENES = 500
 class WindowRow:
     """How one window was answered."""
 
+    policy: str
     index: int
     step: int
     natural: bool
@@ -46,9 +47,9 @@ class WindowRow:
 
 @dataclass(frozen=True)
 class OpenLoopWork:
-    """Answering windows by a policy that is made where it runs, for `devices.spread`."""
+    """Answering windows by policies that are made where they run, for `devices.spread`."""
 
-    policy: str
+    policies: tuple[str, ...]
     model: PlainSettings
     choice: WindowChoice = field(default_factory=WindowChoice)
     #: Windows at once.
@@ -57,34 +58,31 @@ class OpenLoopWork:
     size: tuple[int, int] = (288, 160)
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise InputError(f"at least 1 window at once is required, found {self.batch}")
+        if self.batch < 1 or not self.policies or EXPERT in self.policies:
+            raise InputError(
+                "at least 1 window at once and policies that plan are required (the expert is what they are measured "
+                f"against), found {self.batch} and {', '.join(self.policies) or 'none'}"
+            )
 
     def total(self, indices: Sequence[int]) -> int:
-        """Runs of scenes; how many windows they have is known behind the drive."""
-        return math.ceil(len(indices) / _SCENES)
+        """Policies times runs of scenes; how many windows these have is known behind the drive."""
+        return len(self.policies) * math.ceil(len(indices) / _SCENES)
 
     def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[WindowRow]:
-        """A row per window."""
-        policy = make_policy(self.policy, replace(self.model, device=device), self.batch)
-        if policy is None:
-            raise InputError("open loop measures against the expert; a policy that plans is required")
-        frames = FrameSettings.for_device(device, *self.size) if policy.sees else None
+        """A row per window and policy."""
+        policies = [make_policy(name, replace(self.model, device=device), self.batch) for name in self.policies]
+        frames = FrameSettings.for_device(device, *self.size)
         rows: list[WindowRow] = []
         for first in range(0, len(indices), _SCENES):
             windows = world_windows(indices[first : first + _SCENES], self.choice, device)
-            rows += answer(policy, windows, frames, self.batch)
-            progress(1)
+            for policy in policies:
+                assert policy is not None
+                rows += answer(policy, windows, frames if policy.sees else None, self.batch)
+                progress(1)
         return rows
 
 
-def answer(
-    policy: Policy,
-    windows: WorldWindows,
-    frames: FrameSettings | None,
-    batch: int,
-    progress: Callable[[int], object] | None = None,
-) -> list[WindowRow]:
+def answer(policy: Policy, windows: WorldWindows, frames: FrameSettings | None, batch: int) -> list[WindowRow]:
     """Let a policy plan in every window, and compare.
 
     Args:
@@ -92,7 +90,6 @@ def answer(
         windows: With the truth.
         frames: How pictures are made, for policies that see.
         batch: Windows at once.
-        progress: Told of every window done.
     """
     rows = []
     for first in range(0, len(windows), batch):
@@ -102,9 +99,7 @@ def answer(
         errors = path_errors(_finite(plans.xy), truth, yaw, plans.chosen.cpu().numpy())
         for i, row in enumerate(part):
             text = None if plans.texts is None else plans.texts[i]
-            rows.append(_row(windows, row, {k: float(v[i]) for k, v in errors.items()}, text))
-        if progress is not None:
-            progress(len(part))
+            rows.append(_row(policy.name, windows, row, {k: float(v[i]) for k, v in errors.items()}, text))
     return rows
 
 
@@ -114,9 +109,10 @@ def _finite(xy: torch.Tensor) -> np.ndarray:
     return xy.masked_fill(bad[..., None, None], 0.0).cpu().numpy()
 
 
-def _row(windows: WorldWindows, row: int, errors: dict[str, float], text: str | None) -> WindowRow:
+def _row(policy: str, windows: WorldWindows, row: int, errors: dict[str, float], text: str | None) -> WindowRow:
     truth = windows.decisions[row]
     result = WindowRow(
+        policy,
         windows.index[row],
         windows.step[row],
         windows.natural[row],

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
 
+#: Formats by the name that messages give them; png keeps every grey level.
+FORMATS = ("jpeg", "png")
+
 
 def jpeg_file(picture: Picture, stamp_ns: int, quality: int) -> bytes:
     """A picture RGB uint8 [H, W, 3] as JPEG; quality 0 to 100."""

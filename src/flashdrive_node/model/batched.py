@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.decoder import DecoderLayer
+from flashdrive_node.model.decoder import DecoderLayer, Observe
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.flow_matching import Velocity
 from flashdrive_node.model.images import preprocess
@@ -77,6 +77,7 @@ def run_rows(
     sin: Tensor,
     attend: Attend,
     after_layer: Callable[[int, Tensor], Tensor] | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Run T tokens of B rows through a decoder stack.
 
@@ -86,6 +87,7 @@ def run_rows(
         cos, sin: Rotations, [T, head_dim] for all rows or [B * T, head_dim].
         attend: Attention of the rotated queries and keys; keeps keys and values where they are needed later.
         after_layer: Called as after_layer(i, x) -> x behind every layer (DeepStack).
+        observe: Receives "layer_out.i".
 
     Returns:
         Hidden states before the final norm, [B, T, hidden].
@@ -100,13 +102,20 @@ def run_rows(
         layer = cast(DecoderLayer, module)
         q, k, v = layer.project(x)
         x = layer.finish(x, attend(i, turn(q), turn(k), v))
+        if observe:
+            observe(f"layer_out.{i}", x)
         if after_layer:
             x = after_layer(i, x)
     return x
 
 
 def prefill(
-    model: Alpamayo, ids: Tensor, positions: Tensor, features: VisionFeatures, image_index: Tensor
+    model: Alpamayo,
+    ids: Tensor,
+    positions: Tensor,
+    features: VisionFeatures,
+    image_index: Tensor,
+    observe: Observe | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Run prompts, and in training the texts behind them, through the language model.
 
@@ -116,6 +125,7 @@ def prefill(
         positions: int64 [3, T].
         features: Of `encode_images`.
         image_index: Indices of the image tokens, int64 [image tokens].
+        observe: See `run_rows`.
 
     Returns:
         Hidden states behind the final norm [B, T, hidden], and per layer keys and values [B, kv_heads, T, head_dim].
@@ -137,7 +147,7 @@ def prefill(
 
     x = embedding(ids, language.embed_tokens.weight).index_copy(1, image_index, features.embeds)
     cos, sin = mrope_cos_sin(positions, language.config, x.dtype)
-    hidden = language.norm(run_rows(language.layers, x, cos, sin, attend, deepstack))
+    hidden = language.norm(run_rows(language.layers, x, cos, sin, attend, deepstack, observe))
     return hidden, keys, values
 
 

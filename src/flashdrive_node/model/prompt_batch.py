@@ -66,6 +66,11 @@ class PromptLayout:
         self._pad = tokenizer.id("endoftext")
         self._routes: dict[str, list[int]] = {}
 
+    @property
+    def tail_length(self) -> int:
+        """Tokens of the prompt behind history and navigation text."""
+        return len(self._tail)
+
     def positions(self, length: int) -> Tensor:
         """M-RoPE positions of the first `length` tokens of any row: int64 [3, length]."""
         known = self._positions[:, : min(length, self._head.shape[0])]

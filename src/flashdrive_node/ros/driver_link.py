@@ -27,6 +27,8 @@ _HOPELESS = ("unconfigured", "configure failed", "inactive", "paused", "engine f
 #: A hopeless state must last so long: the one before a window may still be on its way.
 _HOPELESS_S = 1.0
 _POLL_S = 0.02
+#: Largest difference between the node's clock and /clock where that stands still, nanoseconds.
+_CLOCK_NS = 50_000_000
 
 
 class DriverError(Exception):
@@ -37,8 +39,9 @@ class DriverError(Exception):
 class Report:
     """What the node last said about itself."""
 
-    #: ``time.monotonic()`` when it came.
+    #: ``time.monotonic()`` when it came, and the node's clock when it was made.
     received_s: float
+    stamp_ns: int
     #: State of the inference ("running", "withheld", ...) and the whole message.
     state: str
     text: str
@@ -46,6 +49,10 @@ class Report:
     windows: int
     #: State of the engine: "loading", "ready", "busy", ...
     engine: str
+
+    def is_at(self, time_ns: int) -> bool:
+        """Whether the node's clock stood at a time, but for rounding."""
+        return abs(self.stamp_ns - time_ns) < _CLOCK_NS
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Answer:
     plan: PublishedPlan | None
     #: ``~/output/record`` of the window.
     record: dict[str, Any] | None = None
-    #: Why there is no plan.
+    #: Why there is no plan, or no newer one.
     problem: str = ""
     #: The node did not even say that there will be none.
     timed_out: bool = False
@@ -126,30 +133,37 @@ class DriverLink:
                 raise DriverError(f"{self.name} was not ready within {timeout_s:.0f} s: {self._said()}")
             time.sleep(0.05)
 
-    def reset(self, timeout_s: float = 10.0) -> None:
+    def reset(self, now_ns: int, timeout_s: float = 10.0) -> None:
         """Have the node start its stream anew, and forget what it published before.
 
+        Args:
+            now_ns: What /clock says; returns when the node knows that, because a jump of its clock resets it again.
+            timeout_s: The longest wait.
+
         Raises:
-            DriverError: It refuses, gives no answer, or has gone.
+            DriverError: It refuses, gives no answer, has another clock, or has gone.
         """
         deadline = time.monotonic() + timeout_s
         future = self._reset.call_async(Trigger.Request())
         while not future.done():
-            self._check_alive()
-            if time.monotonic() > deadline:
-                raise DriverError(f"{self.name} did not answer {topics.RESET} within {timeout_s:.0f} s: {self._said()}")
-            time.sleep(0.005)
+            self._wait(deadline, f"did not answer {topics.RESET} within {timeout_s:.0f} s")
         answer = future.result()
         if answer is None or not answer.success:
             raise DriverError(f"{self.name} refused {topics.RESET}: {answer.message if answer else 'no answer'}")
         since_s = time.monotonic()
-        while (report := self.report) is None or report.received_s < since_s:
-            self._check_alive()
-            time.sleep(0.005)
+        while (report := self.report) is None or report.received_s < since_s or not report.is_at(now_ns):
+            found = f"{report.stamp_ns / 1e9:.3f} s" if report is not None else "none"
+            self._wait(deadline, f"must have the clock of /clock, {now_ns / 1e9:.3f} s (use_sim_time), found {found}")
         with self._changed:
             self._plans.clear()
             self._records.clear()
             self._windows_ended = report.windows
+
+    def _wait(self, deadline_s: float, problem: str) -> None:
+        self._check_alive()
+        if time.monotonic() > deadline_s:
+            raise DriverError(f"{self.name} {problem}; {self._said()}")
+        time.sleep(_POLL_S / 4)
 
     def answer(self, t0_ns: int, timeout_s: float) -> Answer:
         """Wait for what comes of the window that ends at t0.
@@ -172,20 +186,20 @@ class DriverLink:
                 self._check_alive()
                 self._changed.wait(_POLL_S)
 
-    def newest(self, since_ns: int) -> tuple[PublishedPlan | None, dict[str, Any] | None]:
-        """The newest trajectory whose t0 is not before a time, and its record where that has come too.
+    def newest(self, since_ns: int) -> Answer:
+        """The newest window with t0 not before a time that there is a trajectory of.
 
         Raises:
             DriverError: The node has gone.
         """
         with self._changed:
             self._check_alive()
-            stamps = [t for t, plan in self._plans.items() if t >= since_ns and not isinstance(plan, PlanError)]
-            if not stamps:
-                return None, None
-            plan = self._plans[max(stamps)]
-            assert not isinstance(plan, PlanError)
-            return plan, self._records.get(plan.t0_ns)
+            said = self.report.text if self.report is not None else ""
+            plans = [p for t, p in self._plans.items() if t >= since_ns and isinstance(p, PublishedPlan)]
+            if not plans:
+                return Answer(None, problem=said)
+            plan = max(plans, key=lambda p: p.t0_ns)
+            return Answer(plan, self._records.get(plan.t0_ns), said)
 
     def _given_up(self, began_s: float) -> str:
         """Why no answer will come, where two reports in a row since then say so; else ""."""
@@ -197,7 +211,8 @@ class DriverLink:
         if all(report.engine == "ready" and report.windows > self._windows_ended for report in recent):
             self._windows_ended = recent[-1].windows
             return recent[-1].text
-        hopeless = all(report.state in _HOPELESS for report in recent)
+        # While the engine computes, the cameras of a world that waits are silent, and the node says so.
+        hopeless = all(report.state in _HOPELESS and report.engine != "busy" for report in recent)
         return recent[-1].text if hopeless and time.monotonic() - began_s > _HOPELESS_S else ""
 
     def _check_alive(self) -> None:
@@ -242,6 +257,7 @@ class DriverLink:
         said, engine = _values(inference), _values(parts.get("engine", DiagnosticStatus()))
         report = Report(
             received_s=time.monotonic(),
+            stamp_ns=stamp_ns(message.header.stamp),
             state=said.get("state", ""),
             text=inference.message,
             windows=int(said.get("windows", 0)),

@@ -12,13 +12,11 @@ import numpy as np
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
-from flashdrive_node.evaluation.picture_files import Picture, jpeg_file, png_file
+from flashdrive_node.evaluation.picture_files import FORMATS, Picture, jpeg_file, png_file
 from flashdrive_node.evaluation.world_views import camera_model
 from flashdrive_node.ros.messages import stamp_ns
 from flashdrive_node.world.camera import Camera
 
-#: How pictures are compressed, by the format that the message names; png keeps every grey level.
-FORMATS = ("jpeg", "png")
 _JPEG_QUALITY = 95
 #: Bytes behind each row of a raw image; those of the first row hold the stamp.
 _PADDING = 8

@@ -34,6 +34,11 @@ class WorldClock:
         self._ended = Event()
         self._thread: Thread | None = None
 
+    @property
+    def now_ns(self) -> int:
+        """The time that was last told."""
+        return self._now_ns
+
     def tell(self, now_ns: int) -> None:
         """Set the time, unless that would be back."""
         with self._lock:
@@ -71,8 +76,8 @@ class WorldClock:
             self._thread.join(1.0)
 
     def _run(self) -> None:
-        # The context may go first where the process is interrupted.
-        with contextlib.suppress(InvalidHandle):
+        # The context may go first where the process is interrupted; RuntimeError is rclpy's RCLError.
+        with contextlib.suppress(InvalidHandle, RuntimeError):
             while not self._ended.wait(_PERIOD_S):
                 with self._lock:
                     wall_ns = time.monotonic_ns() - self._offset_ns

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nav_msgs.msg import Odometry
-from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile
@@ -21,7 +20,6 @@ from flashdrive_node.runtime.rig import Rig
 
 #: Frame of the odometry: the world's own.
 ODOMETRY_FRAME = "odom"
-_ACKNOWLEDGED_S = 1.0
 
 
 class WorldSensors:
@@ -30,20 +28,18 @@ class WorldSensors:
     Args:
         node: Makes the publishers.
         rig: Names topics, transports and sizes; every camera of it must be one of the world's.
-        size: Width and height of pictures whose size the rig leaves open, pixels.
         file_format: "jpeg" or "png" for cameras with compressed transport.
 
     Raises:
         RigError: The rig has a camera that the world has not.
     """
 
-    def __init__(self, node: Node, rig: Rig, size: tuple[int, int], file_format: str):
+    def __init__(self, node: Node, rig: Rig, file_format: str):
         self._rig = rig
         self.base_frame = rig.base_frame
         self._file_format = file_format
+        #: The world's cameras by index, in the rig's order.
         self.cameras = world_cameras(rig)
-        #: Width and height of each camera's pictures by index.
-        self.sizes = {c.index: (c.width or size[0], c.height or size[1]) for c in rig.cameras}
         self._pictures: dict[int, Publisher] = {}
         self._infos: dict[int, Publisher] = {}
         for spec in rig.cameras:
@@ -62,10 +58,9 @@ class WorldSensors:
         return [p.topic_name for p in required if p.get_subscription_count() == 0]
 
     def send_navigation(self, text: str | None) -> None:
-        """The instruction from now on; None clears it. Returns when the subscribers have it."""
+        """The instruction from now on; None clears it."""
         if self._navigation is not None:
             self._navigation.publish(String(data=text or ""))
-            self._navigation.wait_for_all_acked(Duration(seconds=_ACKNOWLEDGED_S))
 
     def send_pictures(self, time_ns: int, pictures: Mapping[int, Picture]) -> None:
         """One picture RGB uint8 [H, W, 3] of every camera, by index."""
@@ -77,7 +72,8 @@ class WorldSensors:
                 message = raw_message(header, picture)
             self._pictures[spec.index].publish(message)
             if spec.index in self._infos:
-                info = camera_info_message(header, self.cameras[spec.index], *self.sizes[spec.index])
+                height, width, _ = picture.shape
+                info = camera_info_message(header, self.cameras[spec.index], width, height)
                 self._infos[spec.index].publish(info)
 
     def send_odometry(self, time_ns: int, pose: tuple[float, float, float], speed: float, yaw_rate: float) -> None:

@@ -43,7 +43,7 @@ def uses_triton(x: Tensor) -> bool:
     Raises:
         InputError: The environment names no backend, or Triton is demanded and missing.
     """
-    backend = _forced or _environment()
+    backend = _forced or environment()
     if backend == "reference" or x.dtype not in DTYPES:
         return False
     if backend == "triton":
@@ -64,7 +64,8 @@ def has_triton() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Backend:
+def environment() -> Backend:
+    """The backend that the environment names."""
     name = os.environ.get(VARIABLE, "auto")
     if name not in get_args(Backend):
         raise InputError(f"environment variable {VARIABLE} must be one of {list(get_args(Backend))}, found {name!r}")

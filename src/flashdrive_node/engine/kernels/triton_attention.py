@@ -19,10 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.triton_overlap import overlap, prefetch, wait_for_previous
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
 _FAR = tl.constexpr(2**30)
+#: Numbers in a line of the cache, of 2 bytes each.
+_LINE = tl.constexpr(64)
 _LOG2_E = 1.4426950408889634
 
 
@@ -37,6 +40,8 @@ class Tiling:
     splits: int
     warps: int
     stages: int
+    #: Blocks per program that are fetched in advance, a power of two or 0.
+    ahead: int = 0
 
 
 def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) -> Tiling:
@@ -71,6 +76,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
         parts,
         sums,
         tokens,
+        slots,
         q.stride(0),
         q.stride(1),
         keys.stride(0),
@@ -84,7 +90,9 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
+        AHEAD=t.ahead if keys.stride(1) == dim and slots >= t.block else 0,
         num_warps=t.warps,
+        **overlap(q.device),
     )
     if t.splits > 1:
         _join[(tokens * heads,)](
@@ -95,18 +103,19 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
             DIM=dim,
             SPLITS=t.splits,
             PADDED=triton.next_power_of_2(t.splits),
-            num_warps=2,
+            num_warps=triton.cdiv(t.splits, 16),
+            **overlap(q.device),
         )
     return out
 
 
 @triton.jit
-def _span(spans, query, valid, index: tl.constexpr, SPANS: tl.constexpr):
-    """First slot and end of one span per row, and the hull of those that are not empty."""
+def _hull(spans, query, valid, index, SPANS: tl.constexpr):
+    """First slot and number of slots of what covers one span of every row; empty spans do not count."""
     first = tl.load(spans + (query * SPANS + index) * 2, mask=valid, other=0)
     end = tl.load(spans + (query * SPANS + index) * 2 + 1, mask=valid, other=0)
-    some = end > first
-    return first, end, tl.min(tl.where(some, first, _FAR), 0), tl.max(tl.where(some, end, 0), 0)
+    start = tl.min(tl.where(end > first, first, _FAR), 0)
+    return start, tl.maximum(tl.max(tl.where(end > first, end, 0), 0) - start, 0)
 
 
 @triton.jit
@@ -134,6 +143,7 @@ def _attend(
     parts,
     sums,
     tokens,
+    slots,
     q_token,
     q_head,
     kv_head,
@@ -147,11 +157,21 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
     # The last tiles see most where limits ascend: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, split = tl.program_id(1), tl.program_id(2)
+    if OVERLAP and AHEAD > 0:
+        # Most of a cache is old: what is likely to be read comes closer while the kernel in front still runs.
+        LINES: tl.constexpr = BLOCK * DIM // _LINE
+        line = tl.arange(0, AHEAD * LINES)
+        near = tl.minimum((split + line // LINES * SPLITS) * BLOCK, slots - BLOCK) * DIM + line % LINES * _LINE
+        prefetch(k_ptr + head * kv_head + near)
+        prefetch(v_ptr + head * kv_head + near)
+    wait_for_previous(OVERLAP)
     row = tile * ROWS + tl.arange(0, ROWS)
     query = row // GROUP
     valid = query < tokens
@@ -159,48 +179,46 @@ def _attend(
     lane = tl.arange(0, BLOCK)
     q_row = query * q_token + (head * GROUP + row % GROUP) * q_head
     q = tl.load(q_ptr + q_row[:, None] + column[None, :], mask=valid[:, None], other=0.0)
-    limit = tl.load(limits + query, mask=valid, other=0)
+    limit = tl.minimum(tl.load(limits + query, mask=valid, other=0), slots)
 
     # Blocks of the limits, then of the first span's hull, then of the second's.
     shared = tl.min(tl.where(valid, limit, _FAR), 0) // BLOCK  # blocks that every row sees whole
-    furthest = tl.max(limit, 0)
-    blocks = tl.cdiv(furthest, BLOCK)
-    after_limits = blocks
-    first_1, end_1, hull_1, hull_end_1 = row * 0, row * 0, 0, 0
-    first_2, end_2, hull_2, hull_end_2 = row * 0, row * 0, 0, 0
+    blocks = tl.cdiv(tl.max(limit, 0), BLOCK)
+    first_span = blocks
+    hull_1, hull_2 = 0, 0
     if SPANS > 0:
-        first_1, end_1, hull_1, hull_end_1 = _span(spans, query, valid, 0, SPANS)
-        blocks += tl.cdiv(tl.maximum(hull_end_1 - hull_1, 0), BLOCK)
-    after_first = blocks
+        hull_1, size = _hull(spans, query, valid, 0, SPANS)
+        blocks += tl.cdiv(size, BLOCK)
+    second_span = blocks
     if SPANS > 1:
-        first_2, end_2, hull_2, hull_end_2 = _span(spans, query, valid, 1, SPANS)
-        blocks += tl.cdiv(tl.maximum(hull_end_2 - hull_2, 0), BLOCK)
+        hull_2, size = _hull(spans, query, valid, 1, SPANS)
+        blocks += tl.cdiv(size, BLOCK)
 
-    share = tl.cdiv(blocks, SPLITS)
-    begin = split * share
-    end = tl.minimum(begin + share, blocks)
     k_base = k_ptr + head * kv_head + column[None, :]
     v_base = v_ptr + head * kv_head + column[None, :]
     acc = tl.zeros([ROWS, DIM], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for block in tl.range(begin, tl.minimum(end, shared), num_stages=STAGES):
+    for block in tl.range(split, shared, SPLITS, num_stages=STAGES):
         place = (block * BLOCK + lane)[:, None] * kv_slot
         k = tl.load(k_base + place)
         v = tl.load(v_base + place)
         acc, top, total = _absorb(q, k, v, 0.0, acc, top, total, scale)
-    for block in tl.range(tl.maximum(begin, shared), end, num_stages=1):
-        low, high, start = row * 0, limit, block * BLOCK
+    # Blocks are dealt out in turn, so that those with a mask, which cost more, fall to different programs.
+    first_masked = shared + (split + SPLITS - shared % SPLITS) % SPLITS
+    for block in tl.range(first_masked, blocks, SPLITS, num_stages=2):
+        low, high, start = tl.zeros_like(limit), limit, block * BLOCK
         if SPANS > 0:
-            inside = block >= after_limits
-            low, high = tl.where(inside, first_1, low), tl.where(inside, end_1, high)
-            start = tl.where(inside, hull_1 + (block - after_limits) * BLOCK, start)
+            of_span = block >= first_span
+            span = tl.where(block >= second_span, SPANS - 1, 0)
+            bounds = spans + (query * SPANS + span) * 2
+            low = tl.load(bounds, mask=valid & of_span, other=0)
+            high = tl.where(of_span, tl.load(bounds + 1, mask=valid & of_span, other=0), limit)
+            start = tl.where(of_span, hull_1 + (block - first_span) * BLOCK, start)
         if SPANS > 1:
-            inside = block >= after_first
-            low, high = tl.where(inside, first_2, low), tl.where(inside, end_2, high)
-            start = tl.where(inside, hull_2 + (block - after_first) * BLOCK, start)
+            start = tl.where(block >= second_span, hull_2 + (block - second_span) * BLOCK, start)
         slot = start + lane
-        seen = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+        seen = (slot[None, :] >= low[:, None]) & (slot[None, :] < tl.minimum(high, slots)[:, None])
         used = tl.max(seen.to(tl.int32), 0) > 0  # what nobody sees is not read: it may be NaN
         place = slot[:, None] * kv_slot
         k = tl.load(k_base + place, mask=used[:, None], other=0.0)
@@ -215,12 +233,13 @@ def _attend(
     else:
         tl.store(parts + split * tokens * HEADS * DIM + place, acc, mask=valid[:, None])
         # log2 of the sum of exponentials; of nothing it is -inf.
-        tl.store(sums + split * tokens * HEADS + out_row, top + tl.log2(total), mask=valid)
+        tl.store(sums + split * tokens * HEADS + out_row, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=valid)
 
 
 @triton.jit
-def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
     """Mean of one row's parts, weighted by their sums of exponentials."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
     sum_ = tl.load(sums + split * rows + row, mask=split < SPLITS, other=float("-inf"))

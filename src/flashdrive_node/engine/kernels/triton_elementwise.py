@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.triton_overlap import overlap, wait_for_previous
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `elementwise.rms_norm`."""
@@ -42,6 +44,7 @@ def _norm(x: Tensor, update: Tensor, weight: Tensor, total: Tensor, out: Tensor,
         ADD=ADD,
         PADDED=padded,
         num_warps=min(16, max(1, padded // 256)),
+        **overlap(x.device),
     )
 
 
@@ -58,7 +61,9 @@ def _rms_norm(
     eps,
     ADD: tl.constexpr,
     PADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     column = tl.arange(0, PADDED)
     within = column < size
@@ -78,12 +83,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
-    _silu_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+    _silu_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4, **overlap(out.device))
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < size

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.triton_overlap import overlap, wait_for_previous
+
 if TYPE_CHECKING:
     from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys
 
@@ -57,6 +59,7 @@ def norm_rope_write(
         TOGETHER=together,
         KEEP=kept is not None,
         num_warps=2 if together * dim >= 512 else 1,
+        **overlap(qkv.device),
     )
     return q
 
@@ -86,8 +89,10 @@ def _norm_rope_write(
     DIM: tl.constexpr,
     TOGETHER: tl.constexpr,
     KEEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Heads in the order of the projection: queries, keys, values. A head is taken in halves, which rotation mixes."""
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0)
     first = tl.program_id(1) * TOGETHER
     HALF: tl.constexpr = DIM // 2

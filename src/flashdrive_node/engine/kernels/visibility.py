@@ -60,7 +60,7 @@ def block_visibility(prefix: Tensor, used: Tensor, stretch: int, size: int) -> V
         return up_to(ends[0])
     starts = prefix + torch.arange(rows, device=device)[:, None] * stretch
     spans = torch.stack((starts.expand(-1, size), ends + starts - prefix), dim=-1)
-    return Visible(prefix.to(torch.int32).repeat(rows * size), spans.reshape(-1, 1, 2).to(torch.int32))
+    return _joined(prefix.repeat(rows * size), spans.reshape(-1, 1, 2))
 
 
 def waypoint_visibility(prefix: Tensor, texts: Tensor, first: Tensor, waypoints: int, causal: bool = False) -> Visible:
@@ -79,6 +79,18 @@ def waypoint_visibility(prefix: Tensor, texts: Tensor, first: Tensor, waypoints:
     ends = starts + (order if causal else waypoints)
     own = torch.stack((starts.expand(-1, waypoints), ends.expand(-1, waypoints)), dim=-1)
     spans = torch.stack((texts[:, None].expand(-1, waypoints, -1), own), dim=2)  # [samples, waypoints, 2, 2]
-    return Visible(
-        prefix.to(torch.int32).repeat(samples * waypoints), spans.reshape(-1, 2, 2).to(torch.int32).contiguous()
-    )
+    return _joined(prefix.repeat(samples * waypoints), spans.reshape(-1, 2, 2))
+
+
+def _joined(limits: Tensor, spans: Tensor) -> Visible:
+    """Visibility of limits [T] and spans [T, n, 2], of which those that begin where the limit ends become part of it.
+
+    What lies below every limit needs no comparison of slots, so this is work that a kernel is spared.
+    """
+    first, end = spans.unbind(dim=-1)
+    kept = []
+    for n in range(spans.shape[1]):
+        adjacent = first[:, n] == limits
+        limits = torch.where(adjacent, end[:, n].maximum(limits), limits)
+        kept.append(spans[:, n].masked_fill(adjacent[:, None], 0))
+    return Visible(limits.to(torch.int32), torch.stack(kept, dim=1).to(torch.int32))

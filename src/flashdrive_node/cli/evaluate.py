@@ -1,0 +1,58 @@
+"""``flashdrive evaluate``: a checkpoint in open loop over recordings, worlds or PhysicalAI clips."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashdrive_node.cli.clip_options import add_clip_options, clip_source, image_size
+from flashdrive_node.cli.engine_options import add_engine_options, described, engine_settings, make_engine
+from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
+from flashdrive_node.evaluation.evaluation import ResultFolder, Shard, evaluate
+from flashdrive_node.evaluation.evaluation_report import markdown, write_report
+from flashdrive_node.evaluation.evaluation_summary import add_baseline, summarise
+from flashdrive_node.model.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subcommand."""
+    parser.add_argument("checkpoint", nargs="?", help="checkpoint directory or Hugging Face id")
+    add_clip_options(parser, PROTOCOL_WINDOWS)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; a run that was cut goes on")
+    parser.add_argument("--baseline", type=Path, metavar="DIR", help="results to compare with, window by window")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th clip, from number I on")
+    parser.add_argument("--report-only", action="store_true", help="no engine: put together what is in --out")
+    add_engine_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and report. Returns 1 where clips or windows ended in a problem."""
+    folder = ResultFolder(args.out)
+    if not args.report_only:
+        shard = Shard.parse(args.shard)
+        _evaluate(args, folder, shard)
+        if shard.of > 1:
+            print(f"clips {shard.index} of {shard.of} are done; --report-only puts all together")
+            return 0
+    clips = folder.read()
+    summary = summarise(folder.settings(), clips)
+    if args.baseline is not None:
+        add_baseline(summary, clips, str(args.baseline), ResultFolder(args.baseline).read())
+    print(markdown(summary))
+    for path in write_report(summary, clips, args.out):
+        print(f"wrote {path}")
+    return 1 if summary.problems else 0
+
+
+def _evaluate(args: argparse.Namespace, folder: ResultFolder, shard: Shard) -> None:
+    if args.checkpoint is None:
+        raise InputError("a checkpoint is required, or --report-only")
+    engine = make_engine(engine_settings(args, image_size(args)))
+    info = engine.load()
+    source = clip_source(args, engine.settings.torch_device)
+    # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.
+    weights = {"weights": info.sha256 or info.checkpoint, "windows": args.windows}
+    folder.prepare(described(args) | weights | {"source": source.name})
+    if engine.settings.torch_device.type == "cuda":
+        engine.warm_up()
+    evaluate(engine, source, folder, shard)

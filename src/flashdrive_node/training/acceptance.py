@@ -1,0 +1,121 @@
+"""How many guesses a drafter would have right: speculative decoding replayed on texts that the target has written.
+
+At every position the target's own token is the recorded one, so the replay accepts exactly what decoding would accept
+while it draws that text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashdrive_node.evaluation.metrics import Estimate, bootstrap_ratio
+from flashdrive_node.training.text_records import TextRecords
+
+#: Guesses for some texts: their rows and the place of the known token in each, int64 [R] -> int64 [R, block - 1].
+Guess = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Figures over N texts."""
+
+    #: Tokens gained per pass of the target, the first token of a text excepted, which comes with the prompt.
+    accept_length: Estimate
+    texts: int
+    #: Mean tokens of a text, stop token included.
+    text_length: float
+    #: Share of blocks whose first k guesses are all right, of the blocks whose text is that long: k = 1, 2, ...
+    by_place: list[float]
+    #: Share of first guesses that are right: in blocks at the start of a text, and in the others.
+    first_at_start: float
+    first_later: float
+    #: Blocks by number of accepted guesses.
+    histogram: list[int]
+
+
+def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
+    """Go through all texts block by block."""
+    tokens, lengths = records.tokens, records.lengths
+    device = tokens.device
+    place = torch.zeros_like(lengths)
+    blocks = torch.zeros_like(lengths)
+    size = block_size - 1
+    right, seen = torch.zeros(size, device=device), torch.zeros(size, device=device)
+    starts, later = torch.zeros(2, device=device), torch.zeros(2, device=device)
+    histogram = torch.zeros(block_size, dtype=torch.int64, device=device)
+    while bool((running := place < lengths - 1).any()):
+        rows = running.nonzero()[:, 0]
+        at = place[rows]
+        behind = at[:, None] + torch.arange(1, block_size, device=device)
+        there = behind < lengths[rows][:, None]
+        labels = tokens[rows[:, None], behind.clamp(max=tokens.shape[1] - 1)]
+        matching = ((guess(rows, at) == labels) & there).cumprod(dim=1)
+        accepted = matching.sum(dim=1)
+        right += matching.sum(dim=0)
+        seen += there.sum(dim=0)
+        counts = torch.stack((matching[:, 0].float(), torch.ones_like(at, dtype=torch.float32)), dim=1)
+        starts += counts[at == 0].sum(dim=0)
+        later += counts[at > 0].sum(dim=0)
+        histogram += torch.bincount(accepted, minlength=block_size)
+        place[rows] = at + accepted + 1
+        blocks[rows] += 1
+    spoken = lengths > 1
+    gained = (lengths - 1)[spoken].double().cpu().numpy()
+    return Acceptance(
+        accept_length=bootstrap_ratio(gained, blocks[spoken].double().cpu().numpy()),
+        texts=len(records),
+        text_length=float(lengths.double().mean()),
+        by_place=(right / seen.clamp(min=1)).tolist(),
+        first_at_start=float(starts[0] / starts[1].clamp(min=1)),
+        first_later=float(later[0] / later[1].clamp(min=1)),
+        histogram=histogram.tolist(),
+    )
+
+
+class NGrams:
+    """The baseline without a network: the commonest continuation of the last tokens, in the texts for training."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], order: int = 4):
+        """Count; `order` is the number of tokens with the guessed one."""
+        counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for text in texts:
+            for i, token in enumerate(text):
+                for back in range(min(order - 1, i) + 1):
+                    counts[tuple(text[i - back : i])][token] += 1
+        self.order = order
+        self._likeliest = {seen: counter.most_common(1)[0][0] for seen, counter in counts.items()}
+
+    def guess(self, text: Sequence[int], count: int) -> list[int]:
+        """The next tokens, one after the other."""
+        known = list(text)
+        for _ in range(count):
+            for back in range(min(self.order - 1, len(known)), -1, -1):
+                found = self._likeliest.get(tuple(known[len(known) - back :]))
+                if found is not None:
+                    known.append(found)
+                    break
+        return known[len(text) :]
+
+    def guesser(self, records: TextRecords, block_size: int) -> Guess:
+        """For `replay`."""
+        texts = records.tokens.cpu().numpy()
+
+        def guess(rows: Tensor, places: Tensor) -> Tensor:
+            found = [
+                self.guess(texts[row, : place + 1].tolist(), block_size - 1)
+                for row, place in zip(rows.tolist(), places.tolist(), strict=True)
+            ]
+            return torch.from_numpy(np.array(found, np.int64)).to(rows.device)
+
+        return guess
+
+
+def texts_of(records: TextRecords) -> list[list[int]]:
+    """Tokens that count, text by text."""
+    return [row[:n] for row, n in zip(records.tokens.tolist(), records.lengths.tolist(), strict=True)]
