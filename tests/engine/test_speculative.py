@@ -51,13 +51,8 @@ class Prompted:
         cache = inference.KVCache(CONFIG.text, slots + rows * 5, "cpu", torch.float32)
         none = inference.VisionFeatures(torch.zeros(0, CONFIG.text.hidden_size), [])
         taps = Taps(LAYERS, context_length)
-
-        def observe(name: str, value: Tensor) -> None:
-            if name.startswith("layer_out."):
-                taps.see(int(name.removeprefix("layer_out.")), value)
-
         self.context, self.logits = inference.prefill(
-            model, ids, torch.arange(9).expand(3, -1), -2, cache, none, torch.zeros(0, dtype=torch.int64), observe
+            model, ids, torch.arange(9).expand(3, -1), -2, cache, none, torch.zeros(0, dtype=torch.int64), taps.observe
         )
         self.states = taps.states()
 

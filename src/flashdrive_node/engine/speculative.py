@@ -55,6 +55,12 @@ class Taps:
         if layer in self._layer_ids:
             self._seen[layer] = value if self._last is None else value[-self._last :]
 
+    def observe(self, name: str, value: Tensor) -> None:
+        """`see` for passes that report as `run_layers` does."""
+        if name.startswith("layer_out."):
+            # Copied: there the output is added to in place where image features come in behind it.
+            self.see(int(name.removeprefix("layer_out.")), value.clone())
+
     def states(self) -> Tensor:
         """Layers side by side in the order of their ids, [tokens, layers * hidden]."""
         return torch.cat([self._seen[layer] for layer in self._layer_ids], dim=-1)
