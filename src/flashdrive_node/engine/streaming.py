@@ -217,6 +217,7 @@ class StreamingEngine(PlainEngine):
         )
         stamps = [camera.stamps_ns for camera in cameras]
         plan = stream.plan(prompt, stamps)
+        stream.age(plan)  # while the host copies pictures
         features = self._features_of(plan.encode, prompt, cameras, timer)
         self._waiting.clear()
         fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
