@@ -156,9 +156,8 @@ def test_words_figures_and_strips_change_the_picture(turn):
     strips = [Strip("world", [(0.0, 5.0, "lead"), (5.0, 10.0, "turn")]), Strip("model", [(0.0, 10.0, "turn")])]
     plain = draw_moment(moment(turn, 130, path))
     assert near(plain[: CAMERA_SIZE[1], : CAMERA_SIZE[0]], PLANNED).sum() == 0  # it is translucent in the cameras
-    told = draw_moment(
-        moment(turn, 130, path, truth="Go.", agrees=True, figures=[("speed", "3 m/s")], strips=strips, duration_s=10.0)
-    )
+    words = {"truth": "Go.", "verdict": ("same decision", True), "figures": [("speed", "3 m/s")]}
+    told = draw_moment(moment(turn, 130, path, **words, strips=strips, duration_s=10.0))
     below = np.s_[2 * CAMERA_SIZE[1] :]
     assert (plain[below] != told[below]).any(axis=2).sum() > 20_000
     assert (plain[: CAMERA_SIZE[1]] == told[: CAMERA_SIZE[1]]).all()

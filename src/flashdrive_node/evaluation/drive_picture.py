@@ -71,10 +71,10 @@ class Moment:
     planned: Array
     #: Ground truth, or None.
     driven: Array | None
-    #: What the model says, what is true (None where nobody knows), and whether they state the same decision.
+    #: What the model says, what is true (None where nobody knows), and how they compare: a few words, and good or bad.
     said: str
     truth: str | None = None
-    agrees: bool | None = None
+    verdict: tuple[str, bool] | None = None
     navigation: str = ""
     #: Names and values of a few figures.
     figures: Sequence[tuple[str, str]] = ()
@@ -208,8 +208,9 @@ def _words(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
     """What the model says, what is true, and whether that is the same."""
     y = _TOP + 16
     draw.text((24, y), "The model says", fill=PLANNED, font=_font(19, bold=True))
-    if moment.agrees is not None:
-        text, color = ("✓ same decision", _AGREES) if moment.agrees else ("✗ another decision", _DIFFERS)
+    if moment.verdict is not None:
+        text, good = moment.verdict
+        text, color = (f"✓ {text}", _AGREES) if good else (f"✗ {text}", _DIFFERS)
         draw.text((2 * CAMERA_SIZE[0] - 24, y), text, fill=color, font=_font(21, bold=True), anchor="ra")
     y = _paragraph(draw, moment.said or "(nothing)", y + 28, _INK)
     if moment.truth is not None:
