@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "show what a checkpoint is, what it needs in memory, and what is wrong with it"),
     "parity": ("parity", "compare this implementation with recordings of the reference, stage by stage"),
     "evaluate": ("evaluate", "accuracy in open loop over recordings, worlds or PhysicalAI clips, with intervals"),
+    "ablate": ("ablate", "what each shortcut of the streaming engine costs in accuracy and gains in time"),
     "benchmark": ("benchmark", "time every stage of the model on this machine"),
     "schedule": ("schedule", "find the flow steps that are worth an evaluation, on windows of a checkpoint's use"),
     "benchmark-node": ("benchmark_node", "measure what the node costs around the engine, over real DDS"),
