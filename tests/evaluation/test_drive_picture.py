@@ -12,13 +12,12 @@ from flashdrive_node.evaluation.drive_picture import (
     PLANNED,
     WIDTH,
     Moment,
-    Strip,
     View,
     draw_moment,
     ribbon_edges,
-    strip_colors,
 )
 from flashdrive_node.evaluation.plan_view import PlanFrame, plan_view
+from flashdrive_node.evaluation.strips import Strip, strip_colors
 from flashdrive_node.evaluation.world_bag import SceneChoice
 from flashdrive_node.evaluation.world_views import camera_model
 from flashdrive_node.runtime.camera_model import CameraModel, level_camera

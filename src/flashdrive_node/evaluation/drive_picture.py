@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from flashdrive_node.evaluation.plan_view import PlanFrame
+from flashdrive_node.evaluation.strips import Color, Strip, strip_colors
 from flashdrive_node.runtime.camera_model import CameraModel
 
 Picture = NDArray[np.uint8]
 Array = NDArray[np.float64]
-Color = tuple[int, int, int]
 
 WIDTH, HEIGHT = 1920, 1080
 CAMERA_SIZE = (672, 374)
@@ -31,17 +31,6 @@ _AGREES, _DIFFERS = (96, 211, 130), (255, 120, 110)
 #: Of the ribbon that marks the planned path in the cameras: half width on the road, metres; share of its colour.
 _HALF_WIDTH_M, _SHARE = 0.75, 0.55
 _SHIFT = 4
-#: Colours of causes in the strips, in order of appearance; see `Strip`.
-_STRIP_COLORS: tuple[Color, ...] = (
-    (92, 150, 110),
-    (82, 120, 190),
-    (214, 120, 70),
-    (170, 110, 190),
-    (200, 180, 80),
-    (90, 170, 180),
-    (190, 90, 110),
-    (140, 140, 150),
-)
 
 
 @dataclass(frozen=True)
@@ -51,14 +40,6 @@ class View:
     name: str
     picture: Picture
     model: CameraModel | None = None
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A row that shows a label for every moment of the drive; `spans` are (from, to, label) in seconds."""
-
-    name: str
-    spans: Sequence[tuple[float, float, str]]
 
 
 @dataclass(frozen=True)
@@ -261,12 +242,6 @@ def _strips(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
     draw.line((now, top - 6, now, bottom - 4), fill=_INK, width=3)
     anchor = "rm" if now > WIDTH // 2 else "lm"
     draw.text((now + (-8 if anchor == "rm" else 8), top - 18), f"{moment.time_s:.1f} s", _INK, _font(18), anchor)
-
-
-def strip_colors(strips: Sequence[Strip]) -> dict[str, Color]:
-    """A colour for every label, the same in all rows, in order of appearance."""
-    labels = dict.fromkeys(label for strip in strips for _, _, label in strip.spans)
-    return {label: _STRIP_COLORS[i % len(_STRIP_COLORS)] for i, label in enumerate(labels)}
 
 
 @cache

@@ -34,7 +34,8 @@ def write_report(report: ReplayReport, rig: Rig, folder: Path) -> dict[str, Path
     outputs = Outputs([], [])
     if report.outputs:
         outputs = read_outputs(Path(report.outputs))
-        picture = summary_png(report, outputs, read_driven_path(Path(report.bag), rig))
+        bag = Path(report.bag)
+        picture = summary_png(report, outputs, read_driven_path(bag, rig), read_truth(bag))
         files["png"] = folder / "summary.png"
         files["png"].write_bytes(picture)
     files["json"].write_text(report.to_json(), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
-from flashdrive_node.evaluation.bag_truth import Truth, compare, label_of, read_truth
-from flashdrive_node.evaluation.drive_picture import HEIGHT, PLAN, WIDTH, Moment, Strip, View, draw_moment
+from flashdrive_node.evaluation.bag_truth import Truth, compare, read_truth
+from flashdrive_node.evaluation.drive_picture import HEIGHT, PLAN, WIDTH, Moment, View, draw_moment
 from flashdrive_node.evaluation.replay_report import DrivenPath, read_driven_path
+from flashdrive_node.evaluation.strips import Strip, reasoning_strips
 from flashdrive_node.runtime.bag import messages, open_bag, raw_image, select
 from flashdrive_node.runtime.camera_model import CameraModel
 from flashdrive_node.runtime.decode import decode_image
@@ -76,7 +77,7 @@ def read_drive(
     if seconds is not None:
         end = min(end, start + round(seconds * 1e9))
     ordered = sorted(records, key=lambda record: record["published_ns"])
-    strips = _strips(ordered, truth, start, end)
+    strips = reasoning_strips(ordered, truth, start, end) if truth is not None else ()
     calibrations = read_calibrations(bag, rig)
     return ReplayedDrive(rig, ordered, driven, calibrations, truth, _ground(truth), start, end, strips, note)
 
@@ -193,21 +194,6 @@ def _verdict(said: str, truth: str | None) -> tuple[str, bool] | None:
     if decision:
         return "same decision", True
     return ("same cause, another pace", True) if cause else ("another decision", False)
-
-
-def _strips(records: Sequence[dict[str, Any]], truth: Truth | None, start: int, end: int) -> tuple[Strip, ...]:
-    if truth is None:
-        return ()
-    told = [(int(stamp), label_of(text)) for stamp, text in zip(truth.stamps_ns, truth.sentences, strict=True)]
-    said = [(int(record["published_ns"]), label_of(record["reasoning"])) for record in records]
-    return tuple(Strip(name, _spans(rows, start, end)) for name, rows in (("truth", told), ("model", said)))
-
-
-def _spans(rows: Sequence[tuple[int, str]], start: int, end: int) -> list[tuple[float, float, str]]:
-    """Each label from its time to the next one's, in seconds; equal neighbours are joined."""
-    runs = [next(group) for _, group in groupby((r for r in rows if r[0] < end), key=lambda row: row[1])]
-    ends = [*(stamp for stamp, _ in runs[1:]), end][: len(runs)]
-    return [((a - start) / 1e9, (b - start) / 1e9, label) for (a, label), b in zip(runs, ends, strict=True)]
 
 
 def _ground(truth: Truth | None) -> Ground:
