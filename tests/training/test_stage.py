@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
 
 from flashdrive_node.cli.main import main
 from flashdrive_node.model.errors import CheckpointError
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.training.history_baseline import load_history_baseline
-from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.stage import run_stage
 from flashdrive_node.training.vla import TrainingSettings
 from support.tiny_dimensions import TINY
+from support.two_ranks import steps_of_two_ranks
 
 SETTINGS = TrainingSettings(
     minutes=0.001, batch=1, draws=1, reuse=8.0, buffer=4, chunk=1, first=1, workers=0, scenes=2, validation=1,
@@ -79,20 +78,8 @@ def test_the_command_refuses_a_used_directory(tmp_path, capsys):
     assert "a new or empty directory is required" in capsys.readouterr().err
 
 
-def _rank(rank: int, store: str, out: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    weight = nn.Parameter(torch.zeros(3))
-    optimiser = Optimiser([("heads.bias", weight)], rate=1.0, decay=0.0)
-    weight.grad = torch.tensor([0.2, 0.0, -0.1]) if rank == 0 else torch.tensor([0.2, 0.4, 0.3])
-    norm, clock = optimiser.step(0.2 if rank == 0 else 0.6)
-    with open(f"{out}{rank}", "w", encoding="utf-8") as file:
-        json.dump([weight.detach().tolist(), float(norm), float(clock)], file)
-    distributed.destroy_process_group()
-
-
 def test_ranks_take_the_same_step(tmp_path):
-    multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
-    first, second = (json.loads((tmp_path / f"rank{i}").read_text()) for i in range(2))
+    first, second = steps_of_two_ranks(tmp_path)
     assert first == second
     weights, norm, clock = first
     assert norm == pytest.approx((0.2**2 + 0.2**2 + 0.1**2) ** 0.5)
