@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ablate": ("ablate", "what each shortcut of the streaming engine costs in accuracy and gains in time"),
     "benchmark": ("benchmark", "time every stage of the model on this machine"),
     "schedule": ("schedule", "find the flow steps that are worth an evaluation, on windows of a checkpoint's use"),
+    "benchmark-kernels": ("benchmark_kernels", "time the engine's own kernels beside PyTorch's on this GPU"),
     "benchmark-node": ("benchmark_node", "measure what the node costs around the engine, over real DDS"),
     "world": ("world", "draw the procedural driving world, and check the expert that drives in it"),
     "drive": ("drive", "let a checkpoint drive in the procedural world, and score it beside baselines"),
