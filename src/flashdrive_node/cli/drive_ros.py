@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--answer-timeout", type=float, default=30.0, metavar="S", help="longest wait for an answer (default: 30)"
     )
+    group.add_argument("--videos", type=int, default=0, metavar="N", help="write an MP4 of the first N scenes to --out")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace, size: tuple[int, int]) -> int:
             size=size,
             file_format=args.pictures,
             device=_world_device(args.device),
+            videos=args.videos,
             quiet=args.quiet,
         )
         try:
@@ -70,6 +72,8 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
     """Parameters of the node: those that the in-process run has too, and what is given for the node alone."""
     if args.checkpoint is None and args.engine != "fake" and args.params is None:
         raise InputError("a checkpoint is required with --ros, or --engine fake")
+    if args.videos and args.out is None:
+        raise InputError("--videos needs a folder, --out")
     if args.replan != 1:
         raise InputError(f"with --ros there is a plan for every window, found --replan {args.replan}")
     try:
