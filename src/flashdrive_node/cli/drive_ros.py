@@ -10,6 +10,7 @@ from pathlib import Path
 from flashdrive_node.cli.replay import node_parameters
 from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.picture_files import FORMATS
+from flashdrive_node.evaluation.policies import POLICIES
 from flashdrive_node.model.errors import InputError
 
 
@@ -28,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--answer-timeout", type=float, default=30.0, metavar="S", help="longest wait for an answer (default: 30)"
     )
-    group.add_argument("--videos", type=int, default=0, metavar="N", help="write an MP4 of the first N scenes to --out")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -72,6 +72,8 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
     """Parameters of the node: those that the in-process run has too, and what is given for the node alone."""
     if args.checkpoint is None and args.engine != "fake" and args.params is None:
         raise InputError("a checkpoint is required with --ros, or --engine fake")
+    if args.open_loop or set(args.policy) != set(POLICIES):
+        raise InputError("--open-loop and --policy choose what runs in process; with --ros the node drives")
     if args.videos and args.out is None:
         raise InputError("--videos needs a folder, --out")
     if args.replan != 1:
