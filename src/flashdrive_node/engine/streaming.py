@@ -105,11 +105,16 @@ class StreamingEngine(PlainEngine):
 
     def step(self, observation: Observation) -> Prediction:
         """Answer one observation; what it has in common with the last one is not computed again."""
+        before = 0 if self.graphs is None else self.graphs.captures
         try:
-            return super().step(observation)
+            prediction = super().step(observation)
         except BaseException:
             self._forget()
             raise
+        captured = 0 if self.graphs is None else self.graphs.captures - before
+        if captured:  # which explains a slow window
+            prediction.metrics["graph_captures"] = float(captured)
+        return prediction
 
     @torch.inference_mode()
     def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> None:
