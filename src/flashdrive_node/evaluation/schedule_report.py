@@ -29,7 +29,8 @@ def markdown(result: SearchResult) -> str:
         "",
         f"Metres, means over {result.scored} windows of {clips} clip(s) of {result.source} with 95 % intervals over "
         f"clips; searched on {result.searched} other windows. The full path is that of schedule `{result.reference}` "
-        "from the same noise and text.",
+        "from the same noise and text. Of searched schedules the first guesses (search) and the one of the least bound "
+        "on its error are compared.",
         "",
         f'Best of {k} evaluation(s): `flow_schedule: "{best.schedule}"` ({best.name}).',
     ]
@@ -41,8 +42,9 @@ def figure_png(result: SearchResult) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = max(4.2, 0.42 * len(result.scores) + 1.2)
-    figure, (curve, bars) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
+    height = max(4.5, 0.29 * len(result.scores) + 1.2)
+    widths = {"width_ratios": (1.25, 1)}
+    figure, (curve, bars) = plt.subplots(1, 2, figsize=(14, height), gridspec_kw=widths, layout="constrained")
     _velocity_change(curve, result)
     _deviations(bars, result)
     buffer = io.BytesIO()

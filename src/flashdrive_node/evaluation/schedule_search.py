@@ -93,7 +93,7 @@ class SearchResult:
 
     @property
     def best(self) -> Score:
-        """The least deviation among the schedules of K evaluations."""
+        """The least deviation among the schedules of K evaluations, on the windows that all are scored on."""
         return min(
             (s for s in self.scores if s.evaluations == self.settings.evaluations), key=lambda s: s.deviation_m.mean
         )
@@ -144,7 +144,7 @@ def search(probe: FlowProbe, source: ClipSource, settings: SearchSettings) -> Se
 
 
 def candidates(velocities: dict[int, Tensor], evaluations: int, own_steps: int) -> dict[str, FlowSchedule]:
-    """Schedules worth a comparison, by name, each once; the first is the checkpoint's own full one.
+    """Schedules worth a comparison, by name, each flow once; the first is the checkpoint's own full one.
 
     Args:
         velocities: By number of steps, [recordings, steps, waypoints, 2].
@@ -162,10 +162,11 @@ def candidates(velocities: dict[int, Tensor], evaluations: int, own_steps: int) 
             found = shortlist(recorded, evaluations, fill)
             named |= {f"search of {steps}, {word}, {place}": s for place, s in enumerate(found, start=1)}
             named[f"least bound of {steps}, {word}"] = best_schedule(recorded, evaluations, fill=fill)[0]
-    first: dict[FlowSchedule, str] = {}
+    different: dict[object, str] = {}
     for name, schedule in named.items():
-        first.setdefault(schedule, name)
-    return {name: schedule for schedule, name in first.items()}
+        # Holding every velocity for two of eight steps is taking four steps.
+        different.setdefault(tuple(schedule.table().flatten().mul(1e6).round().tolist()), name)
+    return {name: named[name] for name in different.values()}
 
 
 def shortlist(velocities: Tensor, evaluations: int, fill: Fill, count: int = 3) -> list[FlowSchedule]:
