@@ -19,6 +19,7 @@ from flashdrive_node.evaluation.benchmark import (
     Procedure,
     StageTimes,
     _stages_ms,
+    _take_ahead,
     make_engine,
     measure,
     window_workload,
@@ -86,6 +87,8 @@ def test_what_a_configuration_computes(loaded, drive, name):
     work = window_workload(loaded, drive, CONFIGURATIONS[name], PROCEDURE, 2)
     engine = make_engine(name, PROCEDURE, settings, loaded, random_drafter(loaded.model))
     engine.step(drive.window(0))
+    if CONFIGURATIONS[name].ahead:
+        _take_ahead(engine, drive.window(1))
     metrics = engine.step(drive.window(1)).metrics
     streams = isinstance(engine, StreamingEngine)
     assert streams == (name != "plain")
@@ -95,8 +98,8 @@ def test_what_a_configuration_computes(loaded, drive, name):
     assert work.frame_bytes == len(work.patches) * 90 * 160 * 3
     assert work.evaluations == (4 if CONFIGURATIONS[name].flow else 10)
     assert work.rounds == (2 if CONFIGURATIONS[name].speculative else None)
-    if not CONFIGURATIONS[name].speculative:
-        assert metrics["tokens"] == work.tokens == 6
+    assert metrics["tokens"] == work.tokens == 6
+    assert metrics.get("draft_rounds") == work.rounds
     assert work.prefill_pairs <= work.prompt_tokens * (work.prompt_tokens + 1) // 2
     if name == "plain":
         assert work.prefill_pairs == work.prompt_tokens * (work.prompt_tokens + 1) // 2
@@ -116,7 +119,7 @@ def test_measuring_leaves_the_weights(loaded, drive):
     assert drafter.config.block_size == 8
 
 
-def test_rounds_are_counted_in_the_accept_length():
+def test_rounds_are_those_of_the_accept_length(loaded):
     """A text that took 5 rounds counts as the 2 of the accept length, each as long as measured."""
     timings = {"encode": 10.0, "decode": 50.0, "action": 5.0, "total": 70.0}
     prediction = Prediction(0, 0, (), 0, 0.0, timings, {"draft_rounds": 5.0})
@@ -125,6 +128,10 @@ def test_rounds_are_counted_in_the_accept_length():
     assert Procedure().rounds == 3
     assert Procedure(tokens=16, accept_length=7.5).rounds == 2
     assert Procedure(tokens=17, accept_length=1).rounds == 16
+    assert Procedure().gain == 5
+    assert Procedure(tokens=10, accept_length=1.5).gain == 2
+    with pytest.raises(InputError, match="at most the drafter's block of 8, found 15"):
+        make_engine("all", Procedure(accept_length=15), SETTINGS, loaded, random_drafter(loaded.model))
 
 
 def report_of(loaded, drive, medians: dict[str, float]) -> Report:
