@@ -129,7 +129,7 @@ def test_ageing_equals_a_fresh_rotation_after_any_number_of_slides(dtype):
     originals = {image: stream._keys[:, :, _tokens(offsets, image)].clone() for image in prompt.images}
     for slide in range(1, 10_001):
         plan = stream.plan(prompt, [(slide + 1, slide + 2, slide + 3, slide + 4)] * 2)
-        stream._move(plan, context.cache)
+        stream.age(plan)
         originals = {
             image: originals[prompt.images[i + 1]] for i, image in enumerate(prompt.images) if image.frame < 3
         } | {image: torch.randn(originals[image].shape, generator=generator).to(dtype) for image in newest}

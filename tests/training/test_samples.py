@@ -95,7 +95,7 @@ def test_supplies_cut_and_mix(scribe, windows):
         def shoot(self, some):
             return noisy_pictures(len(some))
 
-    drives = DriveSupply(iter([windows, windows]), Shots(), scribe)
+    drives = DriveSupply(iter([windows, windows, windows]), Shots(), scribe)
     first, second = drives(), drives()
     assert first.nominal == second.nominal == 25
     expected = [*windows.sentences, *windows.sentences][25:50]

@@ -19,7 +19,7 @@ setup(
     maintainer_email="maintainers@flashdrive-node.invalid",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={NAME: ["py.typed", "**/*.json", "**/*.html"]},
+    package_data={NAME: ["py.typed", "**/*.json", "**/*.html", "data/**/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
@@ -38,6 +38,7 @@ setup(
         "console_scripts": [
             "flashdrive = flashdrive_node.cli.main:main",
             "flashdrive_node = flashdrive_node.ros.main:main",
+            "flashdrive_world = flashdrive_node.ros.world_node:main",
         ]
     },
 )

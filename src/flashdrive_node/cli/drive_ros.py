@@ -50,9 +50,10 @@ def run(args: argparse.Namespace, size: tuple[int, int]) -> int:
             size=size,
             file_format=args.pictures,
             device=_world_device(args.device),
+            quiet=args.quiet,
         )
         try:
-            done = drive_through_node(options, parameters, args.params, quiet=args.quiet)
+            done = drive_through_node(options, parameters, args.params)
         except (RigError, SessionError) as error:
             print(f"flashdrive drive: {error}", file=sys.stderr)
             return 2

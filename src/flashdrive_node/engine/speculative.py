@@ -267,10 +267,9 @@ class TextDecoder:
         block = known[:, None]
         if draft is not None:
             assert self._states is not None
-            block = torch.cat((block, draft.propose(known, self._states)), dim=1)
+            block = self._scripted_guesses(torch.cat((block, draft.propose(known, self._states)), dim=1))
             if draft.closing is not None and rule.stop is not None:
                 block[:, 1:] = torch.where(block[:, :-1] == draft.closing, rule.stop, block[:, 1:])
-        block = self._scripted_guesses(block)
         hidden, new = self._run(block, self._used, () if draft is None else draft.layer_ids)
         # The model's own token behind each token of a block, given that the block is right so far.
         own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, self.size)

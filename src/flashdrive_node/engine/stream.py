@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.ageing import age
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.rotary import KeptKeys
 from flashdrive_node.engine.kernels.visibility import up_to
@@ -31,7 +32,7 @@ from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.prompt import MAX_NAV_TOKENS, Prompt
-from flashdrive_node.model.rope import mrope_cos_sin, rotate
+from flashdrive_node.model.rope import mrope_cos_sin
 from flashdrive_node.model.vision import VisionFeatures
 
 
@@ -98,12 +99,14 @@ class Stream:
         # Layout and stamps of the last window, or None where nothing may be kept.
         self._prompt: Prompt | None = None
         self._stamps: tuple[tuple[int, ...], ...] | None = None
+        # The plan that frames have been aged for.
+        self._aged: WindowPlan | None = None
         # Leading cameras that have been brought to the coming window already.
         self._ahead = 0
 
     def reset(self) -> None:
         """Forget all windows; buffers stay."""
-        self._stamps = None
+        self._stamps = self._aged = None
         self._ahead = self.windows = 0
 
     def plan(self, prompt: Prompt, stamps: Sequence[Sequence[int]]) -> WindowPlan:
@@ -170,6 +173,19 @@ class Stream:
         self._ahead = camera + 1
         return True
 
+    def age(self, plan: WindowPlan) -> None:
+        """Make room for a window's new frames, ahead of `prefill`: nothing of it waits for them.
+
+        Args:
+            plan: Of `plan`, for the window that `prefill` comes with next.
+        """
+        self._stamps = None
+        self._room_for(plan)
+        if len(plan.moves.target):
+            placed = self._place(plan)
+            self.graphs.run((self, "age", plan.structure), lambda: self._age(placed))
+        self._aged = plan
+
     def prefill(
         self,
         plan: WindowPlan,
@@ -202,13 +218,18 @@ class Stream:
         return Context(cache, len(ids), plan.prompt.rope_delta), self._logits
 
     def _run(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
-        """Carry a plan out, as a graph where there is one."""
+        """Carry a plan out."""
+        if self._aged is not plan:
+            self.age(plan)
+        self._aged = None
         self._take_features(plan, features)
-        placed = self._place(plan) if self.graphs.enabled else plan
-        self.graphs.run((self, plan.structure), lambda: self._compute(placed))
+        placed = self._place(plan)
+        self.graphs.run((self, "rows", plan.structure), lambda: self._compute(placed))
 
     def _place(self, plan: WindowPlan) -> WindowPlan:
-        """The plan in tensors that are the same ones for all plans of its structure."""
+        """The plan in tensors that are the same ones for all plans of its structure, as a graph needs it."""
+        if not self.graphs.enabled:
+            return plan
         structure = plan.structure
         if structure not in self._placed:
             self._placed[structure] = plan.clone(), plan
@@ -220,13 +241,12 @@ class Stream:
         return placed
 
     def _compute(self, plan: WindowPlan) -> None:
-        """Age what is kept, and run the window's tokens: everything of a prefill that the device does."""
+        """Run the plan's tokens."""
         cache, keys, rows = self.cache, self._keys, plan.rows
         assert cache is not None
         assert self._ids is not None
         assert self._features is not None
         assert self._logits is not None
-        self._move(plan, cache)
         taps = Taps(*self.tapped)
         embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
         last = run_rows(
@@ -280,24 +300,21 @@ class Stream:
             width = len(self.tapped.layer_ids) * c.hidden_size
             self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
 
-    def _move(self, plan: WindowPlan, cache: KVCache) -> None:
-        """Put keys and values of frames that became older into their new place."""
-        if not len(plan.move_to) or self._keys is None:
-            return
-        keys = self._keys[:, :, plan.move_from]
-        self._keys[:, :, plan.move_to] = keys
-        source, target = plan.image_index[plan.move_from], plan.image_index[plan.move_to]
-        cos, sin = mrope_cos_sin(plan.positions[:, target], self.model.config.text, keys.dtype)
-        layers, heads = keys.shape[:2]
-        turned = rotate(keys.permute(2, 0, 1, 3).flatten(1, 2), cos, sin)  # all layers at once
-        cache.keys[:, :, target] = turned.unflatten(1, (layers, heads)).permute(1, 2, 0, 3)
-        cache.values[:, :, target] = cache.values[:, :, source]
+    def _age(self, plan: WindowPlan) -> None:
+        """Put what is kept of frames that became older into its new place."""
+        cache, features, moves = self.cache, self._features, plan.moves
+        assert cache is not None
+        assert features is not None
+        features[:, moves.target] = features[:, moves.source]
+        if self._keys is not None:
+            config = self.model.config.text
+            target = plan.positions[:, plan.image_index[moves.target]]
+            rotation = mrope_cos_sin(target, config, self._keys.dtype)
+            age(self._keys, cache.keys, cache.values, plan.image_index, moves, rotation)
 
     def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
         """Put the features of new images among those that are kept."""
         assert self._features is not None
-        if len(plan.move_to):
-            self._features[:, plan.move_to] = self._features[:, plan.move_from]
         if features is not None:
             for level, new in enumerate((features.embeds, *features.deepstack)):
                 self._features[level].index_copy_(0, plan.encode_tokens, new)

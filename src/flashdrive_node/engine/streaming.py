@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
-from flashdrive_node.engine.drafter import Drafter, load_drafter
+from flashdrive_node.engine.drafter import Drafter, load_drafter, read_draft_vocabulary
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.graphs import Graphs
@@ -89,6 +89,8 @@ class StreamingEngine(PlainEngine):
         try:
             if s.drafter is not None and self.drafter is None:
                 self.drafter = load_drafter(s.drafter, model.config, model.device, model.dtype)
+                if (ids := read_draft_vocabulary(s.drafter)) is not None:
+                    self.drafter.restrict(model.language, ids)
         except (ModelError, OSError, RuntimeError) as error:
             raise EngineError(f"drafter {s.drafter} cannot be loaded: {error}") from error
         name = f"streaming ({s.stream.mode}) {model.config.model_type}"
@@ -217,6 +219,7 @@ class StreamingEngine(PlainEngine):
         )
         stamps = [camera.stamps_ns for camera in cameras]
         plan = stream.plan(prompt, stamps)
+        stream.age(plan)  # while the host copies pictures
         features = self._features_of(plan.encode, prompt, cameras, timer)
         self._waiting.clear()
         fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.ageing import Moves, chained
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.prompt import ImageSpan, Prompt
 
@@ -51,17 +52,16 @@ class WindowPlan:
     #: Images that the vision tower runs on, as indices into the prompt's images, and their image tokens.
     encode: tuple[int, ...]
     encode_tokens: Tensor
-    #: Image tokens that go to another place, their frame having become older: from where, to where.
-    move_from: Tensor
-    move_to: Tensor
+    #: Image tokens that go to another place, their frame having become older.
+    moves: Moves
     #: Tokens to compute; all of them where nothing is kept.
     rows: RowPlan
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything on the device, in a fixed order."""
-        own = [self.positions, self.image_index, self.encode_tokens, self.move_from, self.move_to]
-        rows = self.rows
+        rows, moves = self.rows, self.moves
+        own = [self.positions, self.image_index, self.encode_tokens, moves.source, moves.target, moves.chains]
         return [*own, rows.slots, rows.image_rows, rows.image_tokens, rows.places]
 
     @property
@@ -83,8 +83,7 @@ class WindowPlan:
             positions=self.positions.clone(),
             image_index=self.image_index.clone(),
             encode_tokens=self.encode_tokens.clone(),
-            move_from=self.move_from.clone(),
-            move_to=self.move_to.clone(),
+            moves=Moves(self.moves.source.clone(), self.moves.target.clone(), self.moves.chains.clone()),
             rows=rows,
         )
 
@@ -157,6 +156,7 @@ def plan_window(
     encode = tuple(i for i, source in enumerate(flat) if source is None)
     before = [None if source is None else i // frames * frames + source for i, source in enumerate(flat)]
     moved = [(j, i) for i, j in enumerate(before) if j is not None and j != i]
+    moves = chained(moved, [image.count for image in images], offsets)
     kept = [i for i in range(len(images)) if i not in encode and i // frames not in refreshed]
     ends = [0, *(image.end for image in images[frames - 1 :: frames])]  # behind each camera's text and images
     slots = ends[span[0]], len(prompt.ids) if span[1] is None else ends[span[1]]
@@ -167,8 +167,7 @@ def plan_window(
         image_index=prompt.image_index.to(device),
         encode=encode,
         encode_tokens=tokens(encode).to(device),
-        move_from=tokens([j for j, _ in moved]).to(device),
-        move_to=tokens([i for _, i in moved]).to(device),
+        moves=Moves(moves.source.to(device), moves.target.to(device), moves.chains.to(device)),
         rows=rows,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashdrive_node.ros.session import Session, SessionError, SessionOptions, end_process
 from flashdrive_node.ros.world_node import arguments
-from flashdrive_node.ros.world_run import WorldOptions
+from flashdrive_node.ros.world_run import WorldOptions, frame_settings
 from flashdrive_node.runtime.rig import Rig, load_rig
 
 #: The world waits for what the node says about every window, so the node says it often.
@@ -34,7 +34,6 @@ def drive_through_node(
     parameters: Mapping[str, object],
     params_file: Path | None = None,
     load_timeout_s: float = 900.0,
-    quiet: bool = False,
     on_text: Callable[[str], None] = print,
 ) -> ClosedLoopRun:
     """Start the driving node and the world, and let the world drive its scenes.
@@ -44,16 +43,17 @@ def drive_through_node(
         parameters: Of the driving node by ROS name, over those of the file.
         params_file: Of the driving node.
         load_timeout_s: How long the engine may take to load.
-        quiet: No progress bar.
         on_text: Called with lines for the user.
 
     Raises:
-        RigError: The rig cannot be used.
+        RigError, InputError: The rig or the size of the pictures cannot be used.
         SessionError: The driving node could not be brought up.
     """
+    rig = load_rig(options.rig)
+    frame_settings(rig, options.size)
     own: dict[str, object] = {"diagnostics_period_s": _DIAGNOSTICS_PERIOD_S}
     if not options.mode.real_time:
-        own |= reliable_inputs(load_rig(options.rig))
+        own |= reliable_inputs(rig)
     options.out.mkdir(parents=True, exist_ok=True)
     session = SessionOptions(
         rig=options.rig, folder=options.out, params_file=params_file, parameters={**own, **parameters}
@@ -65,7 +65,7 @@ def drive_through_node(
             running.bring_up(load_timeout_s, lambda text: on_text(f"  engine: {text}"))
         except KeyboardInterrupt:
             return ClosedLoopRun(130, "", "", running.log)
-        world = running.spawn("flashdrive_node.ros.world_node", arguments(options, quiet), sends_images=True)
+        world = running.spawn("flashdrive_node.ros.world_node", arguments(options), sends_images=True)
         try:
             while world.poll() is None:
                 running.spin(0.1)

@@ -1,7 +1,7 @@
-"""The world as a process: cameras, odometry and /clock of a simulated vehicle that follows the driving node.
+"""The executable ``flashdrive_world``: cameras, odometry and /clock of a vehicle that follows the driving node.
 
-``python -m flashdrive_node.ros.world_node --out DIR`` drives scenes through a driving node that takes its time from
-/clock; a progress bar on stderr, the tables on stdout, the scores in DIR.
+``flashdrive_world --out DIR`` drives scenes through a driving node that takes its time from /clock; a progress bar on
+stderr, the tables on stdout, the scores in DIR.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import rclpy
 import torch
@@ -29,76 +28,80 @@ from flashdrive_node.world.draws import SPLITS
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 all scenes driven, 1 the driving node failed or has gone, 2 bad input, 130 interrupted."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    cut = given.index("--ros-args") if "--ros-args" in given else len(given)
     # rclpy's own handlers would take the context away before the results are written.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+    rclpy.init(args=["flashdrive_world", *given[cut:]], signal_handler_options=SignalHandlerOptions.NO)
     # One scene is too little for several threads, and the driving node needs them.
     torch.set_num_threads(1)
-    node = Node("flashdrive_world", enable_rosout=False, start_parameter_services=False)
     try:
-        options = _options(args)
+        options = options_of(given[:cut])
+        node = Node("flashdrive_world", enable_rosout=False, start_parameter_services=False)
         world = World(node, options)
     except (RigError, InputError) as error:
-        print(f"flashdrive world: {error}", file=sys.stderr)
+        print(f"flashdrive_world: {error}", file=sys.stderr)
         rclpy.try_shutdown()
         return 2
     total = len(options.indices) * options.run.steps
-    with tqdm(total=total, unit="step", desc="drive", disable=args.quiet) as bar:
+    with tqdm(total=total, unit="step", desc="drive", disable=options.quiet) as bar:
         result = drive_scenes(world, bar.update)
     world.close()
     rclpy.try_shutdown()
     print("\n".join(result.lines()), flush=True)
     if result.problem:
-        print(f"flashdrive world: {result.problem}", file=sys.stderr)
+        print(f"flashdrive_world: {result.problem}", file=sys.stderr)
         return 1
     return 130 if result.interrupted else 0
 
 
-def arguments(options: WorldOptions, quiet: bool = False) -> list[str]:
+def arguments(options: WorldOptions) -> list[str]:
     """The command line of this process for these options, whose scenes follow each other."""
     o, run, mode = options, options.run, options.mode
-    values: list[Any] = [
-        "--out",
-        o.out,
-        "--split",
-        run.split,
-        "--seconds",
-        run.seconds,
-        "--size",
-        *o.size,
-        "--device",
-        o.device,
-    ]
-    values += ["--first", o.indices[0], "--scenes", len(o.indices), "--driver", o.driver, "--rig", o.rig]
-    values += ["--pictures", o.file_format, "--answer-timeout", mode.answer_timeout_s]
-    values += ["--ready-timeout", o.ready_timeout_s, "--silence", o.silence_s]
-    values += [*(["--real-time"] if mode.real_time else []), *(["--quiet"] if quiet else [])]
-    return [str(value) for value in values]
+    values = {
+        "out": o.out,
+        "split": run.split,
+        "first": o.indices[0],
+        "scenes": len(o.indices),
+        "seconds": run.seconds,
+        "answer-timeout": mode.answer_timeout_s,
+        "rig": o.rig,
+        "driver": o.driver,
+        "pictures": o.file_format,
+        "device": o.device,
+        "ready-timeout": o.ready_timeout_s,
+        "silence": o.silence_s,
+    }
+    given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    flags = {"--real-time": mode.real_time, "--quiet": o.quiet}
+    return [*given, "--size", *map(str, o.size), *(flag for flag, on in flags.items() if on)]
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def options_of(argv: list[str]) -> WorldOptions:
+    """The options that a command line asks for.
+
+    Raises:
+        InputError: Numbers that make no sense.
+    """
+    standard = WorldOptions(out=Path())
     parser = argparse.ArgumentParser(prog="flashdrive_world", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the scores")
-    parser.add_argument("--split", choices=sorted(SPLITS), default="test")
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--split", choices=sorted(SPLITS), default=standard.run.split)
+    parser.add_argument("--first", type=int, default=0, help="index of the first scene")
     parser.add_argument("--scenes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--size", type=int, nargs=2, default=(288, 160), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--device", default="cpu", help="torch device of the world")
-    parser.add_argument("--driver", default="/flashdrive_node", metavar="NAME", help="full name of the driving node")
-    parser.add_argument("--ready-timeout", type=float, default=900.0, metavar="S")
-    parser.add_argument("--silence", type=float, default=10.0, metavar="S", help="the node is gone after so long")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--seconds", type=float, default=standard.run.seconds)
     parser.add_argument("--real-time", action="store_true", help="go on with the wall clock, whatever the node does")
-    parser.add_argument("--pictures", choices=FORMATS, default="jpeg")
-    parser.add_argument("--rig", default="sample", help="name or file of the camera rig")
-    parser.add_argument("--answer-timeout", type=float, default=30.0, metavar="S", help="longest wait for an answer")
-    return parser.parse_args(argv)
-
-
-def _options(args: argparse.Namespace) -> WorldOptions:
+    parser.add_argument("--answer-timeout", type=float, default=standard.mode.answer_timeout_s, metavar="S")
+    parser.add_argument("--rig", default=standard.rig, help="name or file of the camera rig")
+    parser.add_argument("--driver", default=standard.driver, metavar="NAME", help="full name of the driving node")
+    parser.add_argument("--size", type=int, nargs=2, default=standard.size, metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--pictures", choices=FORMATS, default=standard.file_format)
+    parser.add_argument("--device", default=standard.device, help="torch device of the world")
+    parser.add_argument("--ready-timeout", type=float, default=standard.ready_timeout_s, metavar="S")
+    parser.add_argument("--silence", type=float, default=standard.silence_s, metavar="S", help="gone after so long")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
     if args.scenes < 1 or args.first < 0:
         raise InputError(f"--scenes must be at least 1 and --first 0, found {args.scenes} and {args.first}")
     return WorldOptions(
@@ -113,6 +116,7 @@ def _options(args: argparse.Namespace) -> WorldOptions:
         device=args.device,
         ready_timeout_s=args.ready_timeout,
         silence_s=args.silence,
+        quiet=args.quiet,
     )
 
 

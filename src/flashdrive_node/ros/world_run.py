@@ -58,6 +58,8 @@ class WorldOptions:
     ready_timeout_s: float = 900.0
     #: Without diagnostics for so long the driving node counts as gone.
     silence_s: float = 10.0
+    #: No progress bar.
+    quiet: bool = False
 
 
 @dataclass
@@ -131,12 +133,10 @@ class World:
         """Advertise everything.
 
         Raises:
-            RigError: The rig is wrong, or has cameras or sizes that the world cannot give.
+            RigError, InputError: The rig is wrong, or has cameras or sizes that the world cannot give.
         """
         rig = load_rig(options.rig)
-        width, height = picture_size(rig, options.size)
-        cameras = tuple(world_cameras(rig).values())
-        self.frames = FrameSettings(cameras=cameras, width=width, height=height, chunk=1)
+        self.frames = frame_settings(rig, options.size)
         self.options = options
         self.sensors = WorldSensors(node, rig, options.file_format)
         self.clock = WorldClock(node)
@@ -194,11 +194,11 @@ class World:
         return row, log
 
 
-def picture_size(rig: Rig, size: tuple[int, int]) -> tuple[int, int]:
-    """The one width and height of all pictures: the rig's, or the given one where the rig leaves it open.
+def frame_settings(rig: Rig, size: tuple[int, int]) -> FrameSettings:
+    """How the pictures of a rig's cameras are drawn: in the rig's size, or the given one where the rig leaves it open.
 
     Raises:
-        RigError: The rig wants several sizes.
+        RigError: The rig wants several sizes, or a camera that the world has not.
         InputError: The world cannot draw pictures of this size.
     """
     sizes = {(c.width or size[0], c.height or size[1]) for c in rig.cameras}
@@ -209,7 +209,7 @@ def picture_size(rig: Rig, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(
             f"pictures need a width that is a multiple of 8 and sides of 8 or more, found {width} x {height}"
         )
-    return width, height
+    return FrameSettings(cameras=tuple(world_cameras(rig).values()), width=width, height=height, chunk=1)
 
 
 def drive_scenes(world: World, on_step: Callable[[], object]) -> WorldResult:

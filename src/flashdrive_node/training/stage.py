@@ -49,6 +49,8 @@ def run_stage(
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        # The processor's cores belong to the processes that compute drives.
+        torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
-
 from flashdrive_node.training.pictures import Photographer
 from flashdrive_node.training.replay_buffer import Batch, Scribe
 from flashdrive_node.training.source import WindowSource
@@ -35,6 +33,7 @@ class DriveSupply:
     def __init__(self, source: WindowSource, photographer: Photographer, scribe: Scribe):
         self.source, self.photographer, self.scribe = source, photographer, scribe
         self._rest: Windows | None = None
+        self._used = 0
 
     def __call__(self) -> Fresh:
         """See `Supply`."""
@@ -42,13 +41,12 @@ class DriveSupply:
         return Fresh(self.scribe.write(windows, self.photographer.shoot(windows)), len(windows))
 
     def _take(self, count: int) -> Windows:
-        device = self.scribe.layout.device
-        while self._rest is None or len(self._rest) < count:
-            more = next(self.source).to(device)
-            self._rest = more if self._rest is None else join(self._rest, more)
-        rows = torch.arange(len(self._rest), device=device)
-        taken, self._rest = self._rest.rows(rows[:count]), self._rest.rows(rows[count:])
-        return taken
+        while self._rest is None or len(self._rest) < self._used + count:
+            more = next(self.source).to(self.scribe.layout.device)
+            left = None if self._rest is None else self._rest.span(self._used, len(self._rest))
+            self._rest, self._used = more if left is None else join(left, more), 0
+        self._used += count
+        return self._rest.span(self._used - count, self._used)
 
 
 class MixedSupply:

@@ -56,6 +56,14 @@ class Windows:
             navigation=tuple(self.navigation[i] for i in chosen),
         )
 
+    def span(self, first: int, last: int) -> Windows:
+        """The windows from one to before another, sharing memory."""
+        return replace(
+            map_leaves(self, lambda t: t[first:last]),
+            sentences=self.sentences[first:last],
+            navigation=self.navigation[first:last],
+        )
+
     def to(self, device: torch.device | str) -> Windows:
         """On another device."""
         return map_leaves(self, lambda t: t.to(device, non_blocking=True))

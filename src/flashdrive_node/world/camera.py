@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,10 @@ class Rays(NamedTuple):
     width: int
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made during inference, they must serve elsewhere as well
 def camera_rays(camera: Camera, width: int, height: int, device: torch.device | str = "cpu", tiles: int = 8) -> Rays:
-    """Rays through the pixel centres, computed on the CPU so that every device uses the same numbers.
+    """Rays through the pixel centres, computed on the CPU so that every device uses the same numbers, and kept.
 
     Raises:
         ValueError: The width is no multiple of the number of tiles, or the projection is unknown.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -108,7 +110,14 @@ def _shade(scene: Scene, state: State, solids: Solids, rays: Rays) -> tuple[Tens
     return colour, pixel, torch.where(sees, distance, torch.full_like(distance, FAR_M))
 
 
-_compiled_shade = torch.compile(_shade, dynamic=False)
+def _compiled_shade(scene: Scene, state: State, solids: Solids, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
+    return _compiler()(scene, state, solids, rays)
+
+
+@cache
+def _compiler() -> Callable[[Scene, State, Solids, Rays], tuple[Tensor, Tensor, Tensor]]:
+    # Not before it is needed: loading the compiler takes seconds.
+    return torch.compile(_shade, dynamic=False)
 
 
 def _per_scene(colour: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import overlap, prefetch, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, prefetch, wait_for_previous
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
@@ -47,7 +47,7 @@ class Tiling:
 def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) -> Tiling:
     """A tiling for a shape, found by measuring on an H200."""
     packed = tokens * group
-    rows = 16 if packed <= 16 else 32 if packed <= 32 else 64 if packed <= 2048 else 128
+    rows = 16 if packed <= 16 else 32 if packed <= 32 else 128 if 512 <= packed <= 2048 else 64
     tiles = triton.cdiv(packed, rows) * kv_heads
     block = 64
     splits = max(1, min(processors // tiles, triton.cdiv(slots, 2 * block)))
@@ -103,10 +103,15 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
             DIM=dim,
             SPLITS=t.splits,
             PADDED=triton.next_power_of_2(t.splits),
-            num_warps=triton.cdiv(t.splits, 16),
+            num_warps=triton.next_power_of_2(triton.cdiv(t.splits, 16)),
             **overlap(q.device),
         )
     return out
+
+
+@triton.jit
+def _min_and_max(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
 
 
 @triton.jit
@@ -114,8 +119,9 @@ def _hull(spans, query, valid, index, SPANS: tl.constexpr):
     """First slot and number of slots of what covers one span of every row; empty spans do not count."""
     first = tl.load(spans + (query * SPANS + index) * 2, mask=valid, other=0)
     end = tl.load(spans + (query * SPANS + index) * 2 + 1, mask=valid, other=0)
-    start = tl.min(tl.where(end > first, first, _FAR), 0)
-    return start, tl.maximum(tl.max(tl.where(end > first, end, 0), 0) - start, 0)
+    some = end > first
+    start, behind = tl.reduce((tl.where(some, first, _FAR), tl.where(some, end, 0)), 0, _min_and_max)
+    return start, tl.maximum(behind - start, 0)
 
 
 @triton.jit
@@ -182,8 +188,9 @@ def _attend(
     limit = tl.minimum(tl.load(limits + query, mask=valid, other=0), slots)
 
     # Blocks of the limits, then of the first span's hull, then of the second's.
-    shared = tl.min(tl.where(valid, limit, _FAR), 0) // BLOCK  # blocks that every row sees whole
-    blocks = tl.cdiv(tl.max(limit, 0), BLOCK)
+    least, most = tl.reduce((tl.where(valid, limit, _FAR), limit), 0, _min_and_max)
+    shared = least // BLOCK  # blocks that every row sees whole
+    blocks = tl.cdiv(most, BLOCK)
     first_span = blocks
     hull_1, hull_2 = 0, 0
     if SPANS > 0:
@@ -225,6 +232,7 @@ def _attend(
         v = tl.load(v_base + place, mask=used[:, None], other=0.0)
         acc, top, total = _absorb(q, k, v, tl.where(seen, 0.0, float("-inf")), acc, top, total, scale)
 
+    invite_next(OVERLAP)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = query * HEADS + head * GROUP + row % GROUP
     place = out_row[:, None] * DIM + column[None, :]
@@ -249,4 +257,5 @@ def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDE
     weight = weight / tl.where(total > 0, total, 1.0)
     place = (split[:, None] * rows + row) * DIM + column[None, :]
     part = tl.load(parts + place, mask=(split < SPLITS)[:, None], other=0.0)
+    invite_next(OVERLAP)
     tl.store(out + row * DIM + column, tl.sum(part * weight[:, None], 0).to(out.dtype.element_ty))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashdrive_node.engine.kernels.triton_overlap import overlap, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, wait_for_previous
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,6 +74,7 @@ def _rms_norm(
         tl.store(total_ptr + row * size + column, rounded, mask=within)
         x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
+    invite_next(OVERLAP)
     scale = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=within)
 
@@ -95,5 +96,6 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     within = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=within, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + column, mask=within, other=0.0).to(tl.float32)
+    invite_next(OVERLAP)
     gated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + column, (gated * up).to(out.dtype.element_ty), mask=within)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import overlap, prefetch, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, prefetch, wait_for_previous
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,8 @@ class Tiling:
 def tiling(count: int, size: int, out_size: int, processors: int) -> Tiling:
     """A tiling for `count` rows of x of length `size`, found by measuring on an H200."""
     tiles = triton.cdiv(out_size, 64)
-    # Two programs find room on a processor. Parts of many rows of x cost more to write and read again.
-    wanted = 2 * processors if count <= 16 else processors
-    splits = min(4, max(1, wanted // tiles), triton.cdiv(size, 512))
-    return Tiling(64, block=128, splits=splits, warps=4, stages=4 if count <= 16 else 3)
+    splits = min(4, max(1, processors // tiles), triton.cdiv(size, 512))
+    return Tiling(64, block=128, splits=splits, warps=4, stages=6 if count <= 16 else 4)
 
 
 def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Tensor:
@@ -111,6 +109,7 @@ def _linear(
             x_ptr + token[None, :] * size + column[:, None], mask=within[:, None] & (token < count)[None, :], other=0.0
         )
         acc = tl.dot(w, x, acc)
+    invite_next(OVERLAP)
     place = (split * count + token)[None, :] * out_size + row[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < out_size)[:, None] & (token < count)[None, :])
 
@@ -124,4 +123,5 @@ def _sum(parts, out, total, out_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(parts + split * total + place, mask=within, other=0.0)
+    invite_next(OVERLAP)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=within)

@@ -31,10 +31,19 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
-    """Let the next kernel's programs come, and wait until the kernel in front is done."""
+    """Wait until the kernel in front is done and its results can be read."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def invite_next(OVERLAP: tl.constexpr):
+    """Let the next kernel's programs come, once every program of this one is as far.
+
+    Called near a program's end: those that come earlier crowd on the processors that are free first, and stay there.
+    """
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashdrive_node.engine.kernels.triton_overlap import overlap, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, wait_for_previous
 
 if TYPE_CHECKING:
     from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys
@@ -101,6 +101,7 @@ def _norm_rope_write(
     source = qkv + token * (HEADS + 2 * KV_HEADS) * DIM + (first + lane) * DIM + column
     left_raw, right_raw = tl.load(source), tl.load(source + HALF)
     slot = tl.load(slots + token)
+    invite_next(OVERLAP)
     if first >= HEADS + KV_HEADS:
         target = values + (first - HEADS - KV_HEADS + lane) * kv_head + slot * kv_slot + column
         tl.store(target, left_raw)
