@@ -12,13 +12,12 @@ from flashdrive_node.evaluation.drive_picture import (
     PLANNED,
     WIDTH,
     Moment,
-    Strip,
     View,
     draw_moment,
     ribbon_edges,
-    strip_colors,
 )
 from flashdrive_node.evaluation.plan_view import PlanFrame, plan_view
+from flashdrive_node.evaluation.strips import Strip, strip_colors
 from flashdrive_node.evaluation.world_bag import SceneChoice
 from flashdrive_node.evaluation.world_views import camera_model
 from flashdrive_node.runtime.camera_model import CameraModel, level_camera
@@ -156,9 +155,8 @@ def test_words_figures_and_strips_change_the_picture(turn):
     strips = [Strip("world", [(0.0, 5.0, "lead"), (5.0, 10.0, "turn")]), Strip("model", [(0.0, 10.0, "turn")])]
     plain = draw_moment(moment(turn, 130, path))
     assert near(plain[: CAMERA_SIZE[1], : CAMERA_SIZE[0]], PLANNED).sum() == 0  # it is translucent in the cameras
-    told = draw_moment(
-        moment(turn, 130, path, truth="Go.", agrees=True, figures=[("speed", "3 m/s")], strips=strips, duration_s=10.0)
-    )
+    words = {"truth": "Go.", "verdict": ("same decision", True), "figures": [("speed", "3 m/s")]}
+    told = draw_moment(moment(turn, 130, path, **words, strips=strips, duration_s=10.0))
     below = np.s_[2 * CAMERA_SIZE[1] :]
     assert (plain[below] != told[below]).any(axis=2).sum() > 20_000
     assert (plain[: CAMERA_SIZE[1]] == told[: CAMERA_SIZE[1]]).all()

@@ -69,7 +69,7 @@ def test_data_files_are_installed(prefix: Path, checkout: Path) -> None:
 def test_executables_run_from_the_workspace(prefix: Path) -> None:
     # `ros2 run` and launch files look for executables in lib/<package>.
     executables = prefix / "lib" / "flashdrive_node"
-    assert sorted(p.name for p in executables.iterdir()) == ["flashdrive", "flashdrive_node"]
+    assert sorted(p.name for p in executables.iterdir()) == ["flashdrive", "flashdrive_node", "flashdrive_world"]
     said = in_workspace(prefix, str(executables / "flashdrive"), "--version")
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip() == f"flashdrive_node {flashdrive_node.__version__}"
@@ -80,11 +80,12 @@ def test_executables_run_from_the_workspace(prefix: Path) -> None:
 
 def test_installed_package_and_its_share_directory_are_found(prefix: Path, checkout: Path) -> None:
     program = "import flashdrive_node, flashdrive_node.runtime.rig as r; print(flashdrive_node.__file__); "
-    program += "print(r.share_directory()); print(r.load_rig('sample').name)"
+    program += "print(r.share_directory()); print(r.load_rig('sample').name); "
+    program += "import flashdrive_node.bundled as b; print((b.bundled_drive() / 'metadata.yaml').is_file())"
     said = in_workspace(prefix, sys.executable, "-c", program)
     assert said.returncode == 0, said.stderr
-    module, share, name = said.stdout.splitlines()
+    module, share, name, carried = said.stdout.splitlines()
     here = (prefix.resolve(), checkout.resolve(), prefix.parents[1].resolve())
     assert any(Path(module).resolve().is_relative_to(place) for place in here)
     assert Path(share) == prefix / "share" / "flashdrive_node"
-    assert name == "sample"
+    assert (name, carried) == ("sample", "True")

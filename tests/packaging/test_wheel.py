@@ -43,5 +43,7 @@ def test_wheel_holds_modules_data_and_commands(tmp_path: Path) -> None:
     modules = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "flashdrive_node").rglob("*.py")}
     assert modules <= names
     assert {"flashdrive_node/py.typed", "flashdrive_node/model/data/qwen_prompt_vocab.json"} <= names
+    bundled = (ROOT / "src" / "flashdrive_node" / "data").rglob("*.*")
+    assert {str(path.relative_to(ROOT / "src")) for path in bundled} <= names
     assert "flashdrive = flashdrive_node.cli.main:main" in scripts
     assert "flashdrive_node = flashdrive_node.ros.main:main" in scripts

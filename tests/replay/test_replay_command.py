@@ -18,9 +18,9 @@ import pytest
 from std_msgs.msg import String
 
 from flashdrive_node.cli import replay as command
-from flashdrive_node.evaluation.replay_report import read_driven_path, read_outputs
-from flashdrive_node.evaluation.sample_bag import CAMERA_DELAY_NS, START_NS
-from flashdrive_node.evaluation.video import HEIGHT, WIDTH, write_video
+from flashdrive_node.evaluation.replay_report import read_outputs
+from flashdrive_node.evaluation.video import HEIGHT, RATE_HZ, WIDTH, read_drive, write_video
+from flashdrive_node.evaluation.world_bag import CAMERA_DELAY_NS, START_NS
 from flashdrive_node.runtime.bag import open_bag
 from flashdrive_node.runtime.rig import Rig
 from support.commands import run, start, stop
@@ -64,7 +64,7 @@ def test_one_result_per_window_with_the_right_frames(finished: Finished, rig: Ri
         assert (t0_ns - START_NS) % 100_000_000 == 0
         wanted = [t0_ns - k * 100_000_000 for k in (3, 2, 1, 0)]
         assert record["frame_stamps_ns"] == {camera.name: wanted for camera in rig.cameras}
-        assert re.fullmatch(r"(Continue straight|Keep (left|right)) in \d+m", record["nav_text"])
+        assert re.fullmatch(r"Turn left in \d+m", record["nav_text"])
 
 
 def test_every_frame_is_accounted_for(finished: Finished, rig: Rig) -> None:
@@ -109,19 +109,45 @@ def test_page_needs_no_other_file(finished: Finished) -> None:
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
 
 
-def test_video_shows_every_window(finished: Finished, drive: Path, rig: Rig, tmp_path: Path) -> None:
-    records = read_outputs(finished.outputs).records
-    count = write_video(tmp_path / "video.mp4", drive, rig, records, read_driven_path(drive, rig), ["a note"])
-    assert count == len(records)
+def test_video_shows_the_newest_published_window_at_every_moment(
+    finished: Finished, drive: Path, rig: Rig, tmp_path: Path
+) -> None:
+    replayed = read_drive(drive, rig, read_outputs(finished.outputs).records, "a note")
+    written: list[int] = []
+    count = write_video(tmp_path / "video.mp4", drive, replayed, written.append)
+    assert count == 21
+    assert written == list(range(1, 22))
     video = cv2.VideoCapture(str(tmp_path / "video.mp4"))
     pictures = []
     while (read := video.read())[0]:
         pictures.append(read[1])
     assert [p.shape for p in pictures] == [(HEIGHT, WIDTH, 3)] * count
-    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10.0)
-    # Cameras and plan view change from window to window.
-    assert np.abs(pictures[0][:248, :440].astype(int) - pictures[-1][:248, :440]).mean() > 1
-    assert np.abs(pictures[0][:496, 880:].astype(int) - pictures[-1][:496, 880:]).max() > 50
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(RATE_HZ)
+    # Cameras, plan view and the words below change as the drive goes on.
+    first, last = pictures[0].astype(int), pictures[-1].astype(int)
+    for part in (np.s_[:374, :672], np.s_[:748, 1344:], np.s_[760:900, :1344]):
+        assert np.abs(first[part] - last[part]).mean() > 1
+    for record in replayed.records:
+        newest = replayed.newest(record["published_ns"])
+        assert newest is not None
+        assert newest["t0_ns"] >= record["t0_ns"]
+        assert newest["published_ns"] <= record["published_ns"]
+    assert replayed.newest(START_NS) is None
+
+
+def test_report_compares_paths_and_texts_with_the_truth_of_the_recording(finished: Finished) -> None:
+    # The recording ends before any window's path of 6.4 s does.
+    assert finished.report["ade_m"].keys() == {"1 s"}
+    assert 0.0 < finished.report["ade_m"]["1 s"] < finished.report["distance_to_driven_m"]["1 s"] < 1.0
+    # The stand-in says what it is, which is no sentence of the world.
+    reasoning = finished.report["reasoning"]
+    assert reasoning == {
+        "compared": finished.report["published"],
+        "same_cause": 0.0,
+        "same_decision": 0.0,
+        "malformed": 1.0,
+    }
+    assert "ground truth" in (finished.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_nothing_published_is_a_failure_and_says_why(tmp_path: Path, drive: Path) -> None:

@@ -13,7 +13,7 @@ from rosbags.typesys import Stores, get_typestore
 
 from flashdrive_node.evaluation.replay_report import DrivenPath, Percentiles, ReplayReport, make_report
 from flashdrive_node.evaluation.report_page import page, summary_lines, write_report
-from flashdrive_node.evaluation.sample_bag import START_NS
+from flashdrive_node.evaluation.world_bag import START_NS
 from flashdrive_node.runtime.rig import Rig
 
 STORE = get_typestore(Stores.ROS2_JAZZY)

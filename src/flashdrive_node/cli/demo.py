@@ -1,4 +1,4 @@
-"""``flashdrive demo``: a drawn drive through the real node over DDS, with a video, a rosbag and a report at the end."""
+"""``flashdrive demo``: the bundled drive through the real node over DDS, with a video, a rosbag and a report."""
 
 from __future__ import annotations
 
@@ -8,116 +8,114 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drive
+
+if TYPE_CHECKING:
+    from flashdrive_node.evaluation.replay_report import ReplayReport
+
+_RIG = "sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results (default: out/demo)")
-    parser.add_argument("--seconds", type=float, default=14.0, help="length of the drive (default: 14)")
-    parser.add_argument("--model-seconds", type=float, default=4.0, help="of these, run the networks too (default: 4)")
-    parser.add_argument("--model-rate", type=float, default=0.25, help="and play them at this rate (default: 0.25)")
-    parser.add_argument("--seed", type=int, default=0, help="another road, another drive")
-    parser.add_argument("--checkpoint", help="a checkpoint to run in place of the small random one")
+    parser.add_argument("--bag", type=Path, help="play this recording of the rig 'sample' in place of the bundled one")
+    parser.add_argument("--checkpoint", default=BUNDLED, help="run this checkpoint in place of the bundled one")
+    parser.add_argument("--seconds", type=float, help="play only the beginning of the drive")
+    parser.add_argument("--rate", type=float, default=1.0, help="seconds of the drive per second (default: 1)")
+    parser.add_argument("--device", default="cpu", help="PyTorch device of the node (default: cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo. Returns 0; 1 where a run published nothing; 2 where something could not be started."""
+    """Run the demo. Returns 0; 1 where the node published nothing; 2 where something could not be started."""
     from tqdm import tqdm
 
-    from flashdrive_node.evaluation.demo_model import write_random_checkpoint
-    from flashdrive_node.evaluation.replay_report import read_driven_path, read_outputs
-    from flashdrive_node.evaluation.sample_bag import make_synthetic_bag
-    from flashdrive_node.evaluation.video import write_video
-    from flashdrive_node.ros.player import PROGRESS_BAR
+    from flashdrive_node.evaluation.replay_report import read_outputs
+    from flashdrive_node.evaluation.video import RATE_HZ, read_drive, write_video
     from flashdrive_node.ros.session import SessionError
     from flashdrive_node.runtime.bag import BagError
     from flashdrive_node.runtime.rig import load_rig
 
     started = time.monotonic()
-    rig = load_rig("sample")
-    out: Path = args.out
+    out, bag = args.out, args.bag or bundled_drive()
     out.mkdir(parents=True, exist_ok=True)
-    bag = out / "drive"
-    for name in ("drive", "stand_in", "model", "random_checkpoint"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    print(f"1/4  drawing a drive of {args.seconds:g} s with four cameras ...", flush=True)
-    with tqdm(total=args.seconds, unit="s", disable=args.quiet, desc="drawing", bar_format=PROGRESS_BAR) as bar:
-
-        def show(drawn_s: float) -> None:
-            bar.n = drawn_s
-            bar.update(0)
-
-        summary = make_synthetic_bag(bag, rig, seconds=args.seconds, seed=args.seed, on_progress=show)
-    print(f"     {summary.frames} pictures, {summary.odometry} odometry messages in {bag}")
+    shutil.rmtree(out / "outputs", ignore_errors=True)
     try:
-        print("2/4  replaying it through the node with the stand-in engine (no model) ...", flush=True)
-        stand_in = {"engine": "fake", "fake.latency_s": 0.06}
-        published = _replay(args, bag, out / "stand_in", stand_in, args.seconds)
-        print("3/4  replaying it through the node with the networks on this machine ...", flush=True)
-        checkpoint = args.checkpoint or str(write_random_checkpoint(out / "random_checkpoint", args.seed))
-        model: dict[str, object] = {"engine": "plain", "checkpoint": checkpoint}
-        if args.checkpoint is None:
-            # An untrained network does not end its sentences, and plans what no vehicle could drive.
-            model |= {"precision": "float32", "max_generation_length": 12, "require_complete_reasoning": False}
-            model |= {"max_result_age_s": 20.0, "device": "cpu", "max_acceleration": 20.0, "max_curvature": 2.0}
-        published = min(published, _replay(args, bag, out / "model", model, args.model_seconds, args.model_rate))
+        print("1/3  replaying a drive of the procedural world through the node, on this machine ...", flush=True)
+        report = _replay(args, bag)
+        print("2/3  what came of it:", flush=True)
+        summary = _write_report(report, out)
+        if not report.published:
+            return 1
+        print("3/3  drawing the video ...", flush=True)
+        drive = read_drive(bag, load_rig(_RIG), read_outputs(out / "outputs").records, _note(report), args.seconds)
+        pictures = int((drive.end_ns - drive.start_ns) / 1e9 * RATE_HZ) + 1
+        with tqdm(total=pictures, unit="picture", desc="video", disable=args.quiet) as bar:
+            write_video(out / "demo.mp4", bag, drive, lambda done: bar.update(done - bar.n))
     except (BagError, SessionError) as error:
         print(f"flashdrive demo: {error}", file=sys.stderr)
         return 2
-    if published:
-        print("4/4  drawing the video ...", flush=True)
-        driven = read_driven_path(bag, rig)
-        records = read_outputs(out / "stand_in" / "outputs").records
-        note = "Drawn scene. The engine is the stand-in without a model: it continues the measured speed and yaw rate."
-        write_video(out / "demo.mp4", bag, rig, records, driven, [note])
-        shutil.copyfile(out / "stand_in" / "summary.png", out / "summary.png")
-        shutil.rmtree(out / "random_checkpoint", ignore_errors=True)
-    print(_where_to_look(out, time.monotonic() - started))
-    return 0 if published else 1
+    print(_where_to_look(out, bag, summary, time.monotonic() - started))
+    return 0
 
 
-def _replay(
-    args: argparse.Namespace,
-    bag: Path,
-    folder: Path,
-    parameters: dict[str, object],
-    seconds: float,
-    rate: float = 1.0,
-) -> int:
-    """One replay with its report; returns the number of published windows."""
+def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
+    """Play the drive through the node; both run as processes of their own."""
+    from flashdrive_node.evaluation.demo_model import write_random_checkpoint
     from flashdrive_node.evaluation.replay_report import RANDOM_WEIGHTS, make_report
-    from flashdrive_node.evaluation.report_page import summary_lines, write_report
     from flashdrive_node.ros.player import PlayOptions
     from flashdrive_node.ros.replay import replay
     from flashdrive_node.ros.session import SessionOptions
     from flashdrive_node.runtime.rig import load_rig
 
-    folder.mkdir(parents=True)
+    parameters: dict[str, object] = {"engine": "plain", "checkpoint": args.checkpoint, "device": args.device}
+    # A machine without a GPU takes a while for a window, and shows the same results on every run.
+    parameters |= {"max_result_age_s": 20.0, "temperature": 0.0}
+    notes = []
+    if args.checkpoint == BUNDLED and not bundled_checkpoint().is_dir():
+        shutil.rmtree(args.out / "random_checkpoint", ignore_errors=True)
+        parameters["checkpoint"] = str(write_random_checkpoint(args.out / "random_checkpoint"))
+        # An untrained network does not end its sentences, and plans what no vehicle could drive.
+        parameters |= {"max_generation_length": 12, "require_complete_reasoning": False}
+        parameters |= {"max_acceleration": 20.0, "max_curvature": 2.0}
+        notes.append(RANDOM_WEIGHTS)
     result = replay(
-        PlayOptions(bag, "sample", rate=rate, duration_s=min(seconds, args.seconds)),
-        SessionOptions("sample", folder, parameters=parameters),
-        folder / "outputs",
+        PlayOptions(bag, _RIG, rate=args.rate, duration_s=args.seconds),
+        SessionOptions(_RIG, args.out, parameters=parameters),
+        args.out / "outputs",
         quiet=args.quiet,
         on_text=lambda text: print(f"     {text}", flush=True),
     )
     if result.interrupted:
         raise KeyboardInterrupt
-    rig = load_rig("sample")
-    random = parameters["engine"] == "plain" and args.checkpoint is None
-    notes = [RANDOM_WEIGHTS] if random else []
-    report = make_report(bag, result.outputs, rig, dataclasses.asdict(result.played), result.problem, notes)
-    write_report(report, rig, folder)
+    played = dataclasses.asdict(result.played)
+    return make_report(bag, result.outputs, load_rig(_RIG), played, result.problem, notes)
+
+
+def _write_report(report: ReplayReport, out: Path) -> Path:
+    """Print the report and write it; returns the summary picture."""
+    from flashdrive_node.evaluation.report_page import summary_lines, write_report
+    from flashdrive_node.runtime.rig import load_rig
+
+    files = write_report(report, load_rig(_RIG), out)
     print("\n".join(f"     {line}" for line in summary_lines(report)))
-    return report.published
+    return files.get("png", out)
 
 
-def _where_to_look(out: Path, seconds: float) -> str:
+def _note(report: ReplayReport) -> str:
+    name = str(report.engine.get("checkpoint", ""))
+    where = "bundled small model" if name == str(bundled_checkpoint()) else Path(name).name
+    return f"Pictures of the procedural world; {where}, {report.engine.get('name', '')}, on {report.conditions['cpu']}"
+
+
+def _where_to_look(out: Path, bag: Path, summary: Path, seconds: float) -> str:
     return f"""
 Done in {seconds:.0f} s. Look at:
-  {out / "demo.mp4"}               four cameras, published and driven path, reasoning
-  {out / "summary.png"}            latencies and states of the same run
-  {out / "stand_in/report.html"}   its report (report.json beside it holds the figures)
-  {out / "model/report.html"}      the report of the run with the networks
-  {out / "stand_in/outputs"}       everything the node published: ros2 bag play {out / "stand_in/outputs"}
-  {out / "drive"}                  the recording that was played"""
+  {out / "demo.mp4"}      cameras with the planned path, the world from above, what the model says and what is true
+  {summary}   paths, latencies and states in one picture
+  {out / "report.html"}   the report (report.json beside it holds the figures)
+  {out / "outputs"}       everything the node published: ros2 bag play {out / "outputs"}
+  {bag}   the recording that was played"""

@@ -12,6 +12,7 @@ from flashdrive_node.evaluation.evaluation import ResultFolder, Shard, evaluate
 from flashdrive_node.evaluation.evaluation_report import markdown, write_report
 from flashdrive_node.evaluation.evaluation_summary import add_baseline, summarise
 from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.loading import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +30,9 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and report. Returns 1 where clips or windows ended in a problem."""
     folder = ResultFolder(args.out)
     if not args.report_only:
-        shard = Shard.parse(args.shard)
-        _evaluate(args, folder, shard)
-        if shard.of > 1:
-            print(f"clips {shard.index} of {shard.of} are done; --report-only puts all together")
+        answer_clips(args, folder)
+        if Shard.parse(args.shard).of > 1:
+            print(f"clips {args.shard} are done; --report-only puts all together")
             return 0
     clips = folder.read()
     summary = summarise(folder.settings(), clips)
@@ -44,10 +44,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if summary.problems else 0
 
 
-def _evaluate(args: argparse.Namespace, folder: ResultFolder, shard: Shard) -> None:
+def answer_clips(
+    args: argparse.Namespace, folder: ResultFolder, loaded: LoadedModel | None = None
+) -> LoadedModel | None:
+    """Step the engine that the options choose through the clips that they choose.
+
+    Args:
+        args: Parsed, of this command or one with the same options.
+        folder: Takes the results.
+        loaded: The checkpoint, where it is in memory already.
+
+    Returns:
+        The checkpoint, for another engine.
+
+    Raises:
+        InputError: No checkpoint is named, options do not go together, or the folder holds something else.
+    """
     if args.checkpoint is None:
         raise InputError("a checkpoint is required, or --report-only")
+    shard = Shard.parse(args.shard)
     engine = make_engine(engine_settings(args, image_size(args)))
+    engine.loaded = loaded
     info = engine.load()
     source = clip_source(args, engine.settings.torch_device)
     # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.
@@ -56,3 +73,6 @@ def _evaluate(args: argparse.Namespace, folder: ResultFolder, shard: Shard) -> N
     if engine.settings.torch_device.type == "cuda":
         engine.warm_up()
     evaluate(engine, source, folder, shard)
+    loaded = engine.loaded
+    engine.close()
+    return loaded

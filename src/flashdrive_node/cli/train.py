@@ -57,8 +57,6 @@ def _vla(args: argparse.Namespace) -> int:
         raise InputError(f"--own-drives must be at least 0 and less than 1, found {args.own_drives}")
     if args.workers < 0:
         raise InputError(f"--workers must be 0 or more, found {args.workers}")
-    if args.out.exists() and any(args.out.iterdir()):
-        raise InputError(f"{args.out}: a new or empty directory is required")
     settings = TrainingSettings(
         minutes=args.minutes,
         batch=args.batch,

@@ -143,4 +143,4 @@ def _scenes(
         disturbance=_DISTURBANCE,
         balance=_BALANCE,
     )
-    return world_scenes(job, args.windows, device, args.workers, compiled=False)
+    return world_scenes(job, args.windows, device, args.workers, compiled=device.type == "cuda")

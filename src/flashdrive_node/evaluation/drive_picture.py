@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from flashdrive_node.evaluation.plan_view import PlanFrame
+from flashdrive_node.evaluation.strips import Color, Strip, strip_colors
 from flashdrive_node.runtime.camera_model import CameraModel
 
 Picture = NDArray[np.uint8]
 Array = NDArray[np.float64]
-Color = tuple[int, int, int]
 
 WIDTH, HEIGHT = 1920, 1080
 CAMERA_SIZE = (672, 374)
@@ -31,17 +31,6 @@ _AGREES, _DIFFERS = (96, 211, 130), (255, 120, 110)
 #: Of the ribbon that marks the planned path in the cameras: half width on the road, metres; share of its colour.
 _HALF_WIDTH_M, _SHARE = 0.75, 0.55
 _SHIFT = 4
-#: Colours of causes in the strips, in order of appearance; see `Strip`.
-_STRIP_COLORS: tuple[Color, ...] = (
-    (92, 150, 110),
-    (82, 120, 190),
-    (214, 120, 70),
-    (170, 110, 190),
-    (200, 180, 80),
-    (90, 170, 180),
-    (190, 90, 110),
-    (140, 140, 150),
-)
 
 
 @dataclass(frozen=True)
@@ -54,14 +43,6 @@ class View:
 
 
 @dataclass(frozen=True)
-class Strip:
-    """A row that shows a label for every moment of the drive; `spans` are (from, to, label) in seconds."""
-
-    name: str
-    spans: Sequence[tuple[float, float, str]]
-
-
-@dataclass(frozen=True)
 class Moment:
     """What a picture shows. Paths are [N, 3] in the vehicle frame at this moment, metres."""
 
@@ -71,10 +52,10 @@ class Moment:
     planned: Array
     #: Ground truth, or None.
     driven: Array | None
-    #: What the model says, what is true (None where nobody knows), and whether they state the same decision.
+    #: What the model says, what is true (None where nobody knows), and how they compare: a few words, and good or bad.
     said: str
     truth: str | None = None
-    agrees: bool | None = None
+    verdict: tuple[str, bool] | None = None
     navigation: str = ""
     #: Names and values of a few figures.
     figures: Sequence[tuple[str, str]] = ()
@@ -208,8 +189,9 @@ def _words(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
     """What the model says, what is true, and whether that is the same."""
     y = _TOP + 16
     draw.text((24, y), "The model says", fill=PLANNED, font=_font(19, bold=True))
-    if moment.agrees is not None:
-        text, color = ("✓ same decision", _AGREES) if moment.agrees else ("✗ another decision", _DIFFERS)
+    if moment.verdict is not None:
+        text, good = moment.verdict
+        text, color = (f"✓ {text}", _AGREES) if good else (f"✗ {text}", _DIFFERS)
         draw.text((2 * CAMERA_SIZE[0] - 24, y), text, fill=color, font=_font(21, bold=True), anchor="ra")
     y = _paragraph(draw, moment.said or "(nothing)", y + 28, _INK)
     if moment.truth is not None:
@@ -260,12 +242,6 @@ def _strips(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
     draw.line((now, top - 6, now, bottom - 4), fill=_INK, width=3)
     anchor = "rm" if now > WIDTH // 2 else "lm"
     draw.text((now + (-8 if anchor == "rm" else 8), top - 18), f"{moment.time_s:.1f} s", _INK, _font(18), anchor)
-
-
-def strip_colors(strips: Sequence[Strip]) -> dict[str, Color]:
-    """A colour for every label, the same in all rows, in order of appearance."""
-    labels = dict.fromkeys(label for strip in strips for _, _, label in strip.spans)
-    return {label: _STRIP_COLORS[i % len(_STRIP_COLORS)] for i, label in enumerate(labels)}
 
 
 @cache

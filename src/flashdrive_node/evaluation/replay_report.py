@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashdrive_node.evaluation.bag_truth import ReasoningScore, read_truth, score_reasoning
 from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.runtime.bag import DIAGNOSTICS, messages, open_bag
 from flashdrive_node.runtime.rig import Rig
@@ -73,6 +74,10 @@ class ReplayReport:
     age_ms: Percentiles | None = None
     #: Mean distance in metres between the published trajectory and where the vehicle then was, by horizon.
     distance_to_driven_m: dict[str, float] = field(default_factory=dict)
+    #: Mean over all points up to a horizon of that distance (ADE), over the windows whose future was recorded so far.
+    ade_m: dict[str, float] = field(default_factory=dict)
+    #: How the texts compare with the truth, where the recording knows it.
+    reasoning: ReasoningScore | None = None
     changes: list[StatusChange] = field(default_factory=list)
     problem: str = ""
 
@@ -118,6 +123,16 @@ class DrivenPath:
         turn = np.exp(-1j * poses[0, 2])
         moved = ((poses[:, 0] - poses[0, 0]) + 1j * (poses[:, 1] - poses[0, 1])) * turn
         return np.stack([moved.real, moved.imag], axis=1)[1:]
+
+    def errors_m(self, record: dict[str, Any]) -> NDArray[np.float64]:
+        """Distance of every point of a published path from where the vehicle then was; NaN beyond the recording."""
+        planned = np.array(record["trajectory"]["xyz_m"])[:, :2]
+        return np.linalg.norm(planned - self.future(record["t0_ns"], len(planned)), axis=1)
+
+    def mean_error_m(self, record: dict[str, Any]) -> float | None:
+        """Mean of `errors_m` over the whole path; None where the recording ends before the path does."""
+        error = float(self.errors_m(record).mean())
+        return None if np.isnan(error) else error
 
 
 def read_outputs(path: Path) -> Outputs:
@@ -201,19 +216,19 @@ def make_report(
             report.latency_ms[stage] = Percentiles.of(
                 [r["timings_ms"][stage] for r in data.records if stage in r["timings_ms"]]
             )
-        report.distance_to_driven_m = _distance_to_driven(data.records, driven)
+        errors = np.array([driven.errors_m(record) for record in data.records])
+        report.distance_to_driven_m = _at_horizons(errors)
+        report.ade_m = _at_horizons(np.cumsum(errors, axis=1) / np.arange(1, errors.shape[1] + 1))
+        truth = read_truth(bag)
+        report.reasoning = score_reasoning(data.records, truth) if truth is not None else None
     if str(report.engine.get("name", "")).startswith("fake"):
         report.notes.append(FAKE_ENGINE)
     _read_statuses(report, data, int(driven.stamps_ns[0]))
     return report
 
 
-def _distance_to_driven(records: list[dict[str, Any]], path: DrivenPath) -> dict[str, float]:
-    gaps = []
-    for record in records:
-        planned = np.array(record["trajectory"]["xyz_m"])[:, :2]
-        gaps.append(np.linalg.norm(planned - path.future(record["t0_ns"], len(planned)), axis=1))
-    table = np.array(gaps)
+def _at_horizons(table: NDArray[np.float64]) -> dict[str, float]:
+    """Means over windows [N, points] at some horizons, without windows that have none there."""
     found = {}
     for horizon_s in (1.0, 3.0, 6.4):
         column = table[:, round(horizon_s * 10) - 1]

@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from flashdrive_node.evaluation.bag_truth import Truth
 from flashdrive_node.evaluation.replay_report import DrivenPath, Outputs, ReplayReport
+from flashdrive_node.evaluation.strips import reasoning_strips, strip_colors
 
 _LEVEL_COLORS = {0: "#4a9d5b", 1: "#e0a030", 2: "#c63a3a", 3: "#8a8a8a"}
 _LEVEL_NAMES = {0: "OK", 1: "WARN", 2: "ERROR", 3: "STALE"}
@@ -17,18 +19,25 @@ _LEVEL_NAMES = {0: "OK", 1: "WARN", 2: "ERROR", 3: "STALE"}
 _STAGES = ("gather", "decode", "queue", "engine", "publish")
 
 
-def summary_png(report: ReplayReport, outputs: Outputs, path: DrivenPath) -> bytes:
-    """Plan view, latency over time, latency by stage and the node's states, as one PNG."""
+def summary_png(report: ReplayReport, outputs: Outputs, path: DrivenPath, truth: Truth | None = None) -> bytes:
+    """Plan view, latency over time, latency by stage and the node's states, as one PNG.
+
+    Where the recording knows the truth, errors of the paths and stated beside true decisions stand below.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    rows = 2 if truth is None else 3
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.5 * rows), layout="constrained")
     engine = str(report.engine.get("name", "no engine"))
     figure.suptitle(f"flashdrive_node replay: {report.published} windows published, engine {engine}", fontsize=13)
     _plan_view(axes[0][0], outputs.records, path)
     _over_time(axes[0][1], outputs.records)
     _by_stage(axes[1][0], report)
     _states(axes[1][1], outputs)
+    if truth is not None:
+        _errors(axes[2][0], outputs.records, path)
+        _decisions(axes[2][1], outputs.records, truth, path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
@@ -98,3 +107,31 @@ def _states(axis: Any, outputs: Outputs) -> None:
     axis.set_yticks(range(len(parts)), parts, fontsize=8)
     axis.invert_yaxis()
     axis.legend(fontsize=8, loc="lower right")
+
+
+def _errors(axis: Any, records: Sequence[dict[str, Any]], path: DrivenPath) -> None:
+    axis.set(title="distance to the driven path", xlabel="time of t0 [s]", ylabel="mean up to the horizon [m]")
+    start = path.stamps_ns[0]
+    time_s = [(r["t0_ns"] - start) / 1e9 for r in records]
+    errors = [path.errors_m(record) for record in records]
+    for horizon_s in (1.0, 3.0, 6.4):
+        axis.plot(time_s, [e[: round(horizon_s * 10)].mean() for e in errors], ".-", label=f"over {horizon_s:g} s")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _decisions(axis: Any, records: Sequence[dict[str, Any]], truth: Truth, path: DrivenPath) -> None:
+    start, end = int(path.stamps_ns[0]), int(path.stamps_ns[-1])
+    strips = reasoning_strips(sorted(records, key=lambda r: r["published_ns"]), truth, start, end)
+    colors = strip_colors(strips)
+    named: set[str] = set()
+    for row, strip in enumerate(strips):
+        for begin, stop, label in strip.spans:
+            color = tuple(value / 255 for value in colors[label])
+            axis.barh(row, stop - begin, 0.7, left=begin, color=color, label=label if label not in named else None)
+            named.add(label)
+    axis.set_yticks(range(len(strips)), [strip.name for strip in strips])
+    axis.invert_yaxis()
+    axis.set(title="decision: true, and stated by the newest text", xlabel="time [s]", xlim=(0, (end - start) / 1e9))
+    axis.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.evaluation import html
+from flashdrive_node.evaluation.bag_truth import ReasoningScore, read_truth
 from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.evaluation.replay_report import (
     Outputs,
@@ -33,7 +34,8 @@ def write_report(report: ReplayReport, rig: Rig, folder: Path) -> dict[str, Path
     outputs = Outputs([], [])
     if report.outputs:
         outputs = read_outputs(Path(report.outputs))
-        picture = summary_png(report, outputs, read_driven_path(Path(report.bag), rig))
+        bag = Path(report.bag)
+        picture = summary_png(report, outputs, read_driven_path(bag, rig), read_truth(bag))
         files["png"] = folder / "summary.png"
         files["png"].write_bytes(picture)
     files["json"].write_text(report.to_json(), encoding="utf-8")
@@ -55,6 +57,11 @@ def summary_lines(report: ReplayReport) -> list[str]:
     if report.distance_to_driven_m:
         text = ", ".join(f"{v:.2f} m at {k}" for k, v in report.distance_to_driven_m.items())
         lines.append(f"off the path driven       {text} (mean)")
+    if report.ade_m:
+        text = ", ".join(f"{v:.2f} m over {k}" for k, v in report.ade_m.items())
+        lines.append(f"ADE against it            {text}")
+    if report.reasoning is not None:
+        lines.append(f"reasoning                 {_reasoning(report.reasoning)}")
     lines.append(f"resets       {_causes(report.resets)}")
     lines.append(f"faults       {len(report.faults)}")
     lines += [f"             {c.time_s:7.2f} s  {c.part}: {c.text}" for c in report.faults[:10]]
@@ -91,8 +98,17 @@ def page(report: ReplayReport, records: Sequence[dict[str, Any]], picture: bytes
     if records:
         parts.append("<h2>Reasoning</h2>")
         start, step = records[0]["t0_ns"], max(1, len(records) // 15)
-        texts = [(f"{(r['t0_ns'] - start) / 1e9:.1f} s", r["nav_text"] or "", r["reasoning"]) for r in records[::step]]
-        parts.append(html.table(texts, ("t0", "navigation", "reasoning")))
+        truth = read_truth(Path(report.bag)) if report.reasoning is not None else None
+        texts = [
+            (
+                f"{(r['t0_ns'] - start) / 1e9:.1f} s",
+                r["nav_text"] or "",
+                r["reasoning"],
+                *([truth.at(r["t0_ns"]) or ""] if truth else []),
+            )
+            for r in records[::step]
+        ]
+        parts.append(html.table(texts, ("t0", "navigation", "reasoning", *(["ground truth"] if truth else []))))
     parts.append("<h2>Conditions</h2>")
     parts.append(
         html.table([*report.conditions.items(), ("rig", report.rig), *report.engine.items(), *_played(report)])
@@ -118,7 +134,16 @@ def _flat(report: ReplayReport) -> list[tuple[str, str]]:
         ("resets", _causes(report.resets)),
         ("faults", str(len(report.faults))),
         *((f"distance to the driven path after {k}", f"{v} m (mean)") for k, v in report.distance_to_driven_m.items()),
+        *((f"ADE over {k} against the driven path", f"{v} m") for k, v in report.ade_m.items()),
+        *([("reasoning against the truth", _reasoning(report.reasoning))] if report.reasoning is not None else []),
     ]
+
+
+def _reasoning(score: ReasoningScore) -> str:
+    return (
+        f"{score.compared} texts: {score.same_cause:.0%} name the true cause or manoeuvre, {score.same_decision:.0%} "
+        f"also the pace; {score.malformed:.1%} are malformed"
+    )
 
 
 def _played(report: ReplayReport) -> list[tuple[str, Any]]:

@@ -1,9 +1,11 @@
-"""A video of a replay, window by window: cameras, plan view of what was published and driven, and reasoning."""
+"""A video of a replay: what the cameras saw, and at each moment the newest result that was published by then."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +13,83 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdrive_node.evaluation.replay_report import DrivenPath
-from flashdrive_node.runtime.bag import header_stamp_ns, messages, open_bag, raw_image, select
+from flashdrive_node.evaluation.bag_calibration import read_calibrations
+from flashdrive_node.evaluation.bag_truth import Truth, compare, read_truth
+from flashdrive_node.evaluation.drive_picture import HEIGHT, PLAN, WIDTH, Moment, View, draw_moment
+from flashdrive_node.evaluation.replay_report import DrivenPath, read_driven_path
+from flashdrive_node.evaluation.strips import Strip, reasoning_strips
+from flashdrive_node.runtime.bag import messages, open_bag, raw_image, select
+from flashdrive_node.runtime.camera_model import CameraModel
 from flashdrive_node.runtime.decode import decode_image
 from flashdrive_node.runtime.rig import Rig
 
 Picture = NDArray[np.uint8]
+Array = NDArray[np.float64]
+#: Draws the world from above at a time; None where it cannot.
+Ground = Callable[[int], Picture | None]
 
-WIDTH, HEIGHT = 1280, 720
-_CAMERA = (440, 248)
-_PLAN = (WIDTH - 2 * _CAMERA[0], 2 * _CAMERA[1])
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
-_INK, _DIM, _PAPER = (235, 235, 235), (150, 158, 166), (24, 28, 33)
-_PLANNED, _DRIVEN = (90, 170, 255), (250, 250, 250)
-#: Vehicle-frame window of the plan view: metres ahead, behind and to each side.
-_AHEAD_M, _BEHIND_M = 78.0, 12.0
+RATE_HZ = 5.0
+#: Pictures that are drawn at once; the drawing runs outside of Python's lock.
+_THREADS = 2
+_PLAN_DT_NS = 100_000_000
 
 
-def write_video(
-    path: Path, bag: Path, rig: Rig, records: Sequence[dict[str, Any]], driven: DrivenPath, notes: Sequence[str] = ()
-) -> int:
-    """Write an MP4 with one picture per published window, in real time.
+@dataclass(frozen=True, eq=False)
+class ReplayedDrive:
+    """A recording with what the node published while it was played."""
+
+    rig: Rig
+    #: In order of publication.
+    records: Sequence[dict[str, Any]]
+    driven: DrivenPath
+    calibrations: dict[str, CameraModel]
+    truth: Truth | None
+    ground: Ground
+    #: Times of the first and the last picture, nanoseconds.
+    start_ns: int
+    end_ns: int
+    strips: tuple[Strip, ...]
+    note: str
+
+    def newest(self, now_ns: int) -> dict[str, Any] | None:
+        """The newest record that was published by a time."""
+        done = [record for record in self.records if record["published_ns"] <= now_ns]
+        return max(done, key=lambda record: record["t0_ns"], default=None)
+
+
+def read_drive(
+    bag: Path, rig: Rig, records: Sequence[dict[str, Any]], note: str = "", seconds: float | None = None
+) -> ReplayedDrive:
+    """Collect what a video needs, all but the pictures.
+
+    Args:
+        bag: The recording that was played.
+        rig: Its rig.
+        records: Published records, as the node wrote them.
+        note: What a viewer must know, shown in every picture.
+        seconds: How much of the recording was played, all of it by default.
+
+    Raises:
+        BagError: The recording cannot be read.
+    """
+    driven, truth = read_driven_path(bag, rig), read_truth(bag)
+    start, end = int(driven.stamps_ns[0]), int(driven.stamps_ns[-1])
+    if seconds is not None:
+        end = min(end, start + round(seconds * 1e9))
+    ordered = sorted(records, key=lambda record: record["published_ns"])
+    strips = reasoning_strips(ordered, truth, start, end) if truth is not None else ()
+    calibrations = read_calibrations(bag, rig)
+    return ReplayedDrive(rig, ordered, driven, calibrations, truth, _ground(truth), start, end, strips, note)
+
+
+def write_video(path: Path, bag: Path, drive: ReplayedDrive, on_progress: Callable[[int], object] | None = None) -> int:
+    """Write an MP4 of the whole recording in real time.
 
     Args:
         path: The file to write; ends in .mp4.
         bag: The recording that was played.
-        rig: Its rig.
-        records: Published records, as the node wrote them.
-        driven: Where the vehicle was.
-        notes: What a viewer must know, shown at the bottom of every picture.
+        drive: `read_drive` of it.
+        on_progress: Called with the number of pictures so far.
 
     Returns:
         Number of pictures.
@@ -48,47 +98,120 @@ def write_video(
         BagError: The recording cannot be read.
         OSError: No video can be written there.
     """
-    ordered = sorted({r["t0_ns"]: r for r in records}.values(), key=lambda r: r["t0_ns"])
-    if not ordered:
-        raise OSError(f"{path}: a video needs published windows, there are none")
-    gaps = np.diff([r["t0_ns"] for r in ordered]) / 1e9
-    rate_hz = float(np.clip(1.0 / np.median(gaps), 1.0, 30.0)) if len(gaps) else 1.0
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate_hz, (WIDTH, HEIGHT))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), RATE_HZ, (WIDTH, HEIGHT))
     if not writer.isOpened():
         raise OSError(f"{path}: OpenCV cannot write an MP4 there")
     count = 0
     try:
-        for record, images in _windows(bag, rig, ordered):
-            writer.write(np.ascontiguousarray(compose(record, images, driven, rig, notes)[..., ::-1]))
+        for picture in draw_video(bag, drive):
+            writer.write(np.ascontiguousarray(picture[..., ::-1]))
             count += 1
+            if on_progress is not None:
+                on_progress(count)
     finally:
         writer.release()
     return count
 
 
-def compose(
-    record: dict[str, Any], images: dict[str, Picture], driven: DrivenPath, rig: Rig, notes: Sequence[str] = ()
-) -> Picture:
-    """One picture of the video: RGB uint8 [720, 1280, 3].
+def draw_video(bag: Path, drive: ReplayedDrive) -> Iterator[Picture]:
+    """The pictures of the video, RGB uint8 [1080, 1920, 3], `RATE_HZ` of them per second of the recording.
+
+    Raises:
+        BagError: The recording cannot be read.
+    """
+    sets = _camera_sets(bag, drive)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while batch := list(islice(sets, 2 * _THREADS)):
+            yield from pool.map(lambda shown: draw_moment(moment_at(drive, *shown)), batch)
+
+
+def moment_at(drive: ReplayedDrive, now_ns: int, pictures: dict[str, Picture]) -> Moment:
+    """What is to be seen at a time.
 
     Args:
-        record: The record of the window.
-        images: The image of each camera at t0 by name, RGB.
-        driven: Where the vehicle was.
-        rig: For names and the size of the vehicle.
-        notes: Shown at the bottom.
+        drive: The drive.
+        now_ns: The time, on the clock of the recording.
+        pictures: The newest picture of each camera by name, RGB.
     """
-    canvas = np.full((HEIGHT, WIDTH, 3), _PAPER, np.uint8)
-    for place, camera in enumerate(_arranged(rig)):
-        x, y = (place % 2) * _CAMERA[0], (place // 2) * _CAMERA[1]
-        image = images.get(camera)
-        if image is not None:
-            canvas[y : y + _CAMERA[1], x : x + _CAMERA[0]] = _fit(image)
-        _text(canvas, camera, (x + 8, y + 18), 0.45)
-    plan = _plan_view(record, driven, rig)
-    canvas[: _PLAN[1], 2 * _CAMERA[0] :] = plan
-    _text_panel(canvas, record, notes)
-    return canvas
+    names = [name for name in _arranged(drive.rig) if name in pictures]
+    record = drive.newest(now_ns)
+    actual = drive.driven.future(now_ns)
+    rig = drive.rig
+    truth = drive.truth.at(record["t0_ns"] if record else now_ns) if drive.truth is not None else None
+    return Moment(
+        time_s=(now_ns - drive.start_ns) / 1e9,
+        views=[View(name, pictures[name], drive.calibrations.get(name)) for name in names],
+        planned=_planned(drive, record, now_ns) if record else np.zeros((0, 3)),
+        driven=np.insert(actual[~np.isnan(actual[:, 0])], 2, 0.0, axis=1),
+        said=record["reasoning"] if record else "",
+        truth=truth,
+        verdict=_verdict(record["reasoning"], truth) if record else None,
+        navigation=(record["nav_text"] or "") if record else "",
+        figures=_figures(drive, record, now_ns),
+        ground=drive.ground(now_ns),
+        vehicle=(rig.vehicle_length_m, rig.vehicle_width_m, rig.rear_overhang_m),
+        strips=drive.strips,
+        duration_s=(drive.end_ns - drive.start_ns) / 1e9,
+        note=drive.note,
+    )
+
+
+def _planned(drive: ReplayedDrive, record: dict[str, Any], now_ns: int) -> Array:
+    """The part of a published path that lies ahead, [N, 3] in the vehicle frame of now."""
+    path = np.array(record["trajectory"]["xyz_m"])
+    times = record["t0_ns"] + _PLAN_DT_NS * np.arange(1, len(path) + 1)
+    then, now = drive.driven.at(np.array([record["t0_ns"], now_ns]))
+    world = path[:, :2] @ _turn(then[2]).T + then[:2]
+    path = np.column_stack(((world - now[:2]) @ _turn(now[2]), path[:, 2]))
+    return np.asarray(path[times > now_ns - _PLAN_DT_NS], np.float64)
+
+
+def _turn(yaw: float) -> Array:
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, -s], [s, c]])
+
+
+def _figures(drive: ReplayedDrive, record: dict[str, Any] | None, now_ns: int) -> list[tuple[str, str]]:
+    half_ns = _PLAN_DT_NS // 2
+    ends = drive.driven.at(np.clip([now_ns - half_ns, now_ns + half_ns], drive.start_ns, drive.end_ns))
+    shown_s = min(now_ns + half_ns, drive.end_ns) - max(now_ns - half_ns, drive.start_ns)
+    figures = [("speed", f"{np.linalg.norm(ends[1, :2] - ends[0, :2]) / (shown_s / 1e9):.1f} m/s")]
+    if record is None:
+        return figures
+    figures.append(("window", f"{record['window_id']}, {(now_ns - record['t0_ns']) / 1e9:.1f} s old"))
+    figures.append(("engine", f"{record['timings_ms'].get('engine', 0.0):.0f} ms"))
+    error = drive.driven.mean_error_m(record)
+    if error is not None:
+        figures.append(("off the truth", f"{error:.2f} m on average over 6.4 s"))
+    return figures
+
+
+def _verdict(said: str, truth: str | None) -> tuple[str, bool] | None:
+    found = compare(said, truth)
+    if found is None:
+        return None
+    cause, decision, _ = found
+    if decision:
+        return "same decision", True
+    return ("same cause, another pace", True) if cause else ("another decision", False)
+
+
+def _ground(truth: Truth | None) -> Ground:
+    """The world from above, built again from the scene that the recording names."""
+    if truth is None:
+        return lambda _: None
+    from flashdrive_node.evaluation.plan_view import plan_view  # torch, which other recordings do not need
+    from flashdrive_node.evaluation.world_bag import SceneChoice
+    from flashdrive_node.world.scene import DT_S
+
+    first, last = int(truth.stamps_ns[0]), int(truth.stamps_ns[-1])
+    episode = SceneChoice(truth.split, truth.index, (last - first) / 1e9).drive()
+
+    def draw(now_ns: int) -> Picture:
+        step = int(np.clip(round((now_ns - first) / 1e9 / DT_S), 0, len(episode.states) - 1))
+        return plan_view(episode.scene, episode.states[step], PLAN)
+
+    return draw
 
 
 def _arranged(rig: Rig) -> list[str]:
@@ -98,91 +221,20 @@ def _arranged(rig: Rig) -> list[str]:
     return [by_index[i] for i in order[:4]]
 
 
-def _windows(bag: Path, rig: Rig, records: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Picture]]]:
-    """Each record with the images at its t0, in one pass over the bag; only needed images are decoded."""
-    shown = set(_arranged(rig))
-    wanted: dict[str, dict[int, int]] = {camera.topic: {} for camera in rig.cameras if camera.name in shown}
-    names = {camera.topic: camera.name for camera in rig.cameras}
-    topics = {camera.name: camera.topic for camera in rig.cameras}
-    for number, record in enumerate(records):
-        for name, stamps in record["frame_stamps_ns"].items():
-            if name in shown:
-                wanted[topics[name]][stamps[-1]] = number
-    waiting: dict[int, dict[str, Picture]] = {}
-    needed = [len(shown & record["frame_stamps_ns"].keys()) for record in records]
-    turn = 0
+def _camera_sets(bag: Path, drive: ReplayedDrive) -> Iterator[tuple[int, dict[str, Picture]]]:
+    """Time and newest pictures of the shown cameras, at every picture of the video."""
+    shown = set(_arranged(drive.rig))
+    names = {camera.topic: camera.name for camera in drive.rig.cameras if camera.name in shown}
+    step_ns = round(1e9 / RATE_HZ)
+    newest: dict[str, Any] = {}
+    due = drive.start_ns
     with open_bag(bag) as reader:
-        connections = [c for c in select(reader, rig) if c.topic in wanted]
+        connections = [c for c in select(reader, drive.rig) if c.topic in names]
         for connection, _, raw in messages(reader, connections):
             message: Any = reader.deserialize(raw, connection.msgtype)
-            stamp = header_stamp_ns(message)
-            number = wanted[connection.topic].get(stamp, -1)
-            if number < turn:
-                continue
-            image = decode_image(raw_image(message, connection.msgtype))
-            waiting.setdefault(number, {})[names[connection.topic]] = _fit(image)
-            while turn < len(records) and len(waiting.get(turn, {})) == needed[turn]:
-                yield records[turn], waiting.pop(turn)
-                turn += 1
-
-
-def _fit(image: Picture) -> Picture:
-    if image.shape[1::-1] == _CAMERA:
-        return image
-    return np.asarray(cv2.resize(image, _CAMERA, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _plan_view(record: dict[str, Any], driven: DrivenPath, rig: Rig) -> Picture:
-    width, height = _PLAN
-    view = np.full((height, width, 3), (34, 39, 46), np.uint8)
-    scale = (height - 34) / (_AHEAD_M + _BEHIND_M)
-
-    def pixels(xy: NDArray[np.float64]) -> NDArray[np.int32]:
-        column = width / 2 - xy[:, 1] * scale
-        row = height - 6 - (xy[:, 0] + _BEHIND_M) * scale
-        return np.round(np.stack([column, row], axis=1) * 8).astype(np.int32)
-
-    for ahead in range(0, int(_AHEAD_M), 20):
-        radius = round(ahead * scale * 8)
-        center = pixels(np.array([[0.0, 0.0]]))[0]
-        cv2.circle(view, center.tolist(), radius, (58, 64, 72), 1, cv2.LINE_AA, 3)
-        if ahead:
-            row = int(center[1] / 8 - ahead * scale)
-            _text(view, f"{ahead} m", (width - 46, row + 4), 0.38, _DIM)
-    planned = np.concatenate([[[0.0, 0.0]], np.array(record["trajectory"]["xyz_m"])[:, :2]])
-    actual = driven.future(record["t0_ns"])
-    actual = np.concatenate([[[0.0, 0.0]], actual[~np.isnan(actual[:, 0])]])
-    cv2.polylines(view, [pixels(planned)], False, _PLANNED, 5, cv2.LINE_AA, 3)
-    cv2.polylines(view, [pixels(actual)], False, _DRIVEN, 1, cv2.LINE_AA, 3)
-    back, front = -rig.rear_overhang_m, rig.vehicle_length_m - rig.rear_overhang_m
-    side = rig.vehicle_width_m / 2
-    outline = np.array([[front, side], [front, -side], [back, -side], [back, side]])
-    cv2.polylines(view, [pixels(outline)], True, (120, 220, 140), 2, cv2.LINE_AA, 3)
-    _text(view, "published", (10, 20), 0.45, _PLANNED)
-    _text(view, "driven afterwards", (100, 20), 0.45, _DRIVEN)
-    return view
-
-
-def _text_panel(canvas: Picture, record: dict[str, Any], notes: Sequence[str]) -> None:
-    top = 2 * _CAMERA[1]
-    age_ms = (record["published_ns"] - record["t0_ns"]) / 1e6
-    engine = (record.get("engine") or {}).get("name", "")
-    facts = (
-        f"window {record['window_id']}   speed {record['initial_speed_m_s']:.1f} m/s   "
-        f"age when published {age_ms:.0f} ms   engine: {engine}"
-    )
-    _text(canvas, facts, (16, top + 28), 0.5, _DIM)
-    if record["nav_text"]:
-        _text(canvas, f"navigation: {record['nav_text']}", (16, top + 54), 0.55, (255, 214, 120))
-    lines = textwrap.wrap(record["reasoning"], 96) or [""]
-    for number, line in enumerate(lines[:4]):
-        _text(canvas, line, (16, top + 84 + 26 * number), 0.62)
-    for number, line in enumerate(textwrap.wrap(" ".join(notes), 165)[:2]):
-        _text(canvas, line, (16, HEIGHT - 30 + 18 * number), 0.42, _DIM)
-
-
-def _text(canvas: Picture, text: str, at: tuple[int, int], scale: float, color: tuple[int, int, int] = _INK) -> None:
-    # OpenCV's fonts are ASCII only.
-    plain = text.encode("ascii", "replace").decode("ascii")
-    cv2.putText(canvas, plain, (at[0] + 1, at[1] + 1), _FONT, scale, (10, 10, 10), 1, cv2.LINE_AA)
-    cv2.putText(canvas, plain, at, _FONT, scale, color, 1, cv2.LINE_AA)
+            newest[names[connection.topic]] = raw_image(message, connection.msgtype)
+            stamps = [image.stamp_ns for image in newest.values()]
+            # A set is whole when no camera lags behind the time that is due.
+            if due <= drive.end_ns and len(newest) == len(shown) and min(stamps) >= due:
+                yield due, {name: decode_image(image) for name, image in newest.items()}
+                due += step_ns * (1 + (min(stamps) - due) // step_ns)

@@ -19,6 +19,7 @@ from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, Qo
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from flashdrive_node.evaluation.bag_truth import TRUTH_TOPIC
 from flashdrive_node.evaluation.picture_files import jpeg_file
 from flashdrive_node.evaluation.world_views import camera_model, world_cameras
 from flashdrive_node.runtime.camera_model import CameraModel
@@ -40,8 +41,6 @@ CAMERA_DELAY_NS = 20_000_000
 ODOMETRY_DELAY_NS = 1_000_000
 #: Odometry messages per step of the world: 50 Hz.
 _ODOMETRY_PER_STEP = 5
-#: Why the expert drives as it does: std_msgs/String, JSON with what `truth` gives, the scene and the stamp.
-TRUTH_TOPIC = "/ground_truth/reasoning"
 
 _STATIC_TOPIC = "/tf_static"
 _SECOND = 1_000_000_000

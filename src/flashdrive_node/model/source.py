@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
 from flashdrive_node.model.config import ALPAMAYO_1_5, ALPAMAYO_R1, AlpamayoConfig
 from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.errors import CheckpointError, ConfigError
@@ -44,7 +45,7 @@ def resolve_source(
     """Directory of a checkpoint.
 
     Args:
-        name_or_path: A directory, or a Hugging Face id such as ``nvidia/Alpamayo-1.5-10B``.
+        name_or_path: A directory, a Hugging Face id such as ``nvidia/Alpamayo-1.5-10B``, or "bundled".
         revision: Branch, tag or commit of the id; for a directory it must be None.
         allow_download: Fetch what the local cache lacks. Without it the network is not touched.
         cache_dir: Hugging Face cache; None for the one that the environment (HF_HOME, HF_HUB_CACHE) names.
@@ -58,7 +59,7 @@ def resolve_source(
 def _resolve(
     name: str, revision: str | None, allow_download: bool, cache_dir: Path | None, patterns: list[str]
 ) -> Path:
-    path = Path(name).expanduser()
+    path = bundled_checkpoint() if name == BUNDLED else Path(name).expanduser()
     if name and path.is_dir():
         if revision is not None:
             raise CheckpointError(name, [f"revision {revision!r} needs a Hugging Face id, found a local directory"])
@@ -68,7 +69,9 @@ def _resolve(
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             name or "checkpoint",
-            ["no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"],
+            [
+                "no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"
+            ],
         )
     from huggingface_hub import snapshot_download  # half a second to import
     from huggingface_hub.constants import HF_HUB_CACHE

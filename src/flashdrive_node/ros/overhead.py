@@ -9,7 +9,9 @@ import platform
 import sys
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -22,19 +24,23 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage
 from std_msgs.msg import String
 
-from flashdrive_node.evaluation.drawn_scene import Drive
+from flashdrive_node.bundled import bundled_drive
 from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.ros.messages import odometry_message, stamp_message
 from flashdrive_node.ros.session import Session, SessionOptions
 from flashdrive_node.ros.topics import NODE_NAME
+from flashdrive_node.runtime.bag import messages, open_bag, raw_image
+from flashdrive_node.runtime.decode import decode_image
 from flashdrive_node.runtime.rig import load_rig
 
 _RIG = "sample"
 _ODOMETRY_HZ = 50.0
-#: Pictures per camera that are drawn and compressed beforehand and then sent in turn.
-_PICTURES = 6
+#: Pictures per camera that are taken from the bundled drive, half a second apart, and then sent in turn.
+_PICTURES, _EVERY = 6, 5
+#: The vehicle drives straight on, m/s.
+_SPEED = 10.0
 _WARM_UP_S = 3.0
-#: Standard deviation of the sensor noise in grey levels: drawn pictures alone would be small files, quickly decoded.
+#: Standard deviation of the sensor noise in grey levels: rendered pictures alone would be small files, quickly decoded.
 _NOISE = 3.0
 
 
@@ -187,14 +193,12 @@ def _cpu_name() -> str:
 
 
 def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, seconds: float) -> int:
-    """The cameras' process: draws a few pictures, waits for the node, then sends bursts and odometry."""
+    """The cameras' process: prepares a few pictures, waits for the node, then sends bursts and odometry."""
     rig = load_rig(rig_file)
-    drive = Drive(seconds)
     noise = np.random.default_rng(0).normal(0.0, _NOISE, (height, width, 3))
     pictures: dict[int, list[array[int]]] = {}
     for camera in rig.cameras:
-        views = (drive.draw(0.5 * k, camera.index, width, height) for k in range(_PICTURES))
-        pictures[camera.index] = [array("B", _jpeg(view, noise)) for view in views]
+        pictures[camera.index] = [array("B", _jpeg(view, noise)) for view in _views(camera.topic, width, height)]
     sizes = [len(data) for views in pictures.values() for data in views]
     rclpy.init(args=[])
     node = Node("flashdrive_cameras", enable_rosout=False, start_parameter_services=False)
@@ -207,7 +211,7 @@ def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, secon
     sent = bursts = samples = 0
     while (now := time.monotonic() - start) < seconds:
         if now >= samples / _ODOMETRY_HZ:
-            odometry.publish(_odometry(drive, samples / _ODOMETRY_HZ, start_ns, rig.base_frame))
+            odometry.publish(_odometry(samples / _ODOMETRY_HZ, start_ns, rig.base_frame))
             samples += 1
         elif now >= bursts / rate_hz:
             stamp = stamp_message(start_ns + round(bursts / rate_hz * 1e9))
@@ -226,15 +230,23 @@ def _play_cameras(rig_file: Path, rate_hz: float, width: int, height: int, secon
     return 0
 
 
+def _views(topic: str, width: int, height: int) -> Iterator[NDArray[np.uint8]]:
+    """Pictures of the bundled drive, enlarged, RGB uint8 [height, width, 3]."""
+    with open_bag(bundled_drive()) as reader:
+        (connection,) = (c for c in reader.connections if c.topic == topic)
+        for _, _, raw in islice(messages(reader, [connection]), 0, _PICTURES * _EVERY, _EVERY):
+            image = decode_image(raw_image(reader.deserialize(raw, connection.msgtype), connection.msgtype))
+            yield np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
 def _jpeg(picture: NDArray[np.uint8], noise: NDArray[np.float64]) -> bytes:
     noisy = np.clip(picture[..., ::-1] + noise, 0, 255).astype(np.uint8)
     return cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-def _odometry(drive: Drive, time_s: float, start_ns: int, base_frame: str) -> Odometry:
-    ego = drive.ego(time_s)
+def _odometry(time_s: float, start_ns: int, base_frame: str) -> Odometry:
     stamp_ns = start_ns + round(time_s * 1e9)
-    return odometry_message(stamp_ns, "odom", base_frame, (ego.x, ego.y, ego.yaw), ego.speed, ego.yaw_rate)
+    return odometry_message(stamp_ns, "odom", base_frame, (_SPEED * time_s, 0.0, 0.0), _SPEED, 0.0)
 
 
 def main(argv: list[str] | None = None) -> int:

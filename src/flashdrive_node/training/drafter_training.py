@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,14 @@ class DrafterTrainer:
 
     def _written(self, scenes: Iterable[Scenes], texts: int, name: str) -> TextRecords:
         parts = []
-        with tqdm(total=texts, desc=name, unit="text") as bar:
-            for records in take(self.recorder, scenes, texts):
-                parts.append(records)
-                bar.update(len(records))
+        try:
+            with tqdm(total=texts, desc=name, unit="text") as bar:
+                for records in take(self.recorder, scenes, texts):
+                    parts.append(records)
+                    bar.update(len(records))
+        finally:
+            if isinstance(scenes, Generator):
+                scenes.close()  # ends the processes behind it
         return join_records(parts)
 
     def _learn(self, records: TextRecords) -> tuple[int, float]:

@@ -45,6 +45,8 @@ def run_stage(
     Raises:
         ModelError: The earlier stage cannot be loaded, or `out` is in use.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(str(out), ["a new or empty directory is required, found one in use"])
     rank, chosen = _join_ranks(device)
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     if chosen.type == "cuda":

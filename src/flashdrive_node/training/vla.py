@@ -41,6 +41,8 @@ CHECKPOINT, HEADS_FILE = "checkpoint", "auxiliary_heads.safetensors"
 _SHARD_BYTES = 15 * 2**20
 #: Steps between two rows of the log, and between two looks at the clock of all ranks.
 _LOG_STEPS, _CLOCK_STEPS = 50, 8
+#: Learning rate of matrices over that of everything else.
+_MATRIX_RATE = 10 / 3
 #: Seconds between two validations.
 _VALIDATION_S = 60.0
 
@@ -61,9 +63,10 @@ class TrainingSettings:
     buffer: int = 16384
     chunk: int = 64
     first: int = 1024
-    #: Processes that compute drives, per rank; scenes per drive, and windows of each.
+    #: Processes that compute drives, per rank; scenes per drive, its length, and windows of each.
     workers: int = 8
     scenes: int = 512
+    drive_steps: int = 200
     windows_per_scene: int = 2
     #: Share of the windows that come from the model's own drives, and the temperature of its reasoning there.
     own_drives: float = 0.0
@@ -117,7 +120,9 @@ class VlaTrainer:
         self.buffer = ReplayBuffer(settings.buffer)
         self.generator = torch.Generator(self.device).manual_seed(1000 * settings.seed + self.rank.index)
         ends = ((f"heads.{name}", parameter) for name, parameter in heads.named_parameters())
-        self.optimiser = Optimiser([*model.named_parameters(), *ends], settings.rate)
+        self.optimiser = Optimiser(
+            [*model.named_parameters(), *ends], settings.rate, matrix_rate=settings.rate * _MATRIX_RATE
+        )
         self.baseline = HistoryBaseline(model.config.action_space).to(self.device)
         self.baseline_optimiser = torch.optim.AdamW(self.baseline.parameters(), lr=1e-3, weight_decay=1e-3)
         self.log = TrainingLog({"settings": asdict(settings), "ranks": self.rank.count, "device": _device_name(model)})
@@ -153,7 +158,7 @@ class VlaTrainer:
     def _job(self, split: str, scenes: int) -> DriveJob:
         s = self.settings
         # Runs of different seeds drive different scenes.
-        return DriveJob(split, s.seed * 10**9, scenes, scenes * s.windows_per_scene, s.seed)
+        return DriveJob(split, s.seed * 10**9, scenes, scenes * s.windows_per_scene, s.seed, s.drive_steps)
 
     def _validation(self) -> tuple[Windows, Batch]:
         """Windows that are never trained on, with their samples."""

@@ -1,0 +1,95 @@
+"""`flashdrive evaluate` and `flashdrive ablate` from the command line: a tiny model over a small recording."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashdrive_node.cli.main import main
+from flashdrive_node.model.checkpoint_writer import save_checkpoint
+from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
+from support.driven_bag import RIG, write_bag
+
+
+@pytest.fixture
+def checkpoint(model, tokenizer_files, tmp_path) -> Path:
+    return save_checkpoint(model, model.config, tmp_path / "checkpoint", tokenizer_files_dir=tokenizer_files)
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    bag = write_bag(tmp_path / "drive", 8.0)
+    rig = tmp_path / "rig.yaml"
+    cameras = [
+        {"name": c.name, "index": c.index, "topic": c.topic, "transport": "raw", "rate_hz": 10.0} for c in RIG.cameras
+    ]
+    rig.write_text(json.dumps({"name": "r", "odometry_topic": "/odometry", "cameras": cameras}))
+    return ["--bag", str(bag), "--rig", str(rig), "--samples", "2", "--max-generation-length", "6", "--device", "cpu"]
+
+
+def test_evaluate(checkpoint, options, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate", str(checkpoint), *options, "--windows", "1", "--out", str(out)]
+    assert main(command) == 0
+    content = json.loads((out / "evaluation.json").read_text())
+    # Windows at 1.5 and 1.6 s.
+    assert (content["clips"], content["windows"], content["scored"]) == (2, 2, 2)
+    assert content["errors"]["ade@6.4s"][0] > 0
+    assert content["settings"]["source"] == "bags drive"
+    assert {p.name for p in (out / "clips").iterdir()} == {
+        f"drive-000{i}.{end}" for i in (0, 1) for end in ("json", "jpg")
+    }
+    before = {p: p.stat().st_mtime_ns for p in (out / "clips").iterdir()}
+    assert main(command) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "clips").iterdir()}
+    capsys.readouterr()
+    assert main([*command, "--seed", "1"]) == 2
+    assert "holds results of other settings:\n  seed: 1 is required, found None" in capsys.readouterr().err
+    other = ["evaluate", str(checkpoint), *options, "--windows", "1", "--engine", "streaming", "--stream-mode", "full"]
+    assert main([*other, "--out", str(tmp_path / "full"), "--baseline", str(out)]) == 0
+    # The streaming engine that keeps nothing is the plain one: the same seeds, the same noise, the same paths.
+    assert "| ADE, one sample | +0.0% [+0.0%, +0.0%]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drafter", "nowhere"], "--drafter: --engine streaming is required"),
+        (["--world", "test:0"], "one of --bag, --world and --physical-ai is required"),
+        (["--shard", "2/2"], "INDEX/COUNT"),
+        (["--rig", "nobody"], "no rig of this name"),
+    ],
+)
+def test_options_that_do_not_go_together(checkpoint, options, tmp_path, capsys, arguments, message) -> None:
+    assert main(["evaluate", str(checkpoint), *options, "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_needs_results(tmp_path, capsys) -> None:
+    (tmp_path / "clips").mkdir()
+    assert main(["evaluate", "--report-only", "--out", str(tmp_path)]) == 2
+    assert "a folder that `flashdrive evaluate` wrote is required" in capsys.readouterr().err
+
+
+def test_ablate(checkpoint, options, model, tmp_path, capsys) -> None:
+    save_drafter(new_drafter(drafter_config(model.config), model, 0), tmp_path / "drafter")
+    out = tmp_path / "out"
+    names = ["plain", "features", "speculative", "flow", "all"]
+    files = ["--drafter", str(tmp_path / "drafter"), "--flow-schedule", "4:0,3"]
+    command = ["ablate", str(checkpoint), *options, *files, "--temperature", "0", "--out", str(out)]
+    assert main([*command, "--configurations", *names]) == 0
+    content = json.loads((out / "ablation.json").read_text())
+    assert list(content) == names
+    # What keeps images' features, or guesses tokens, is exact at greedy.
+    for name in ("features", "speculative"):
+        _, relative = content[name]["compared"]["ade@6.4s"]
+        assert relative[0] == pytest.approx(0, abs=1e-4)
+    assert content["speculative"]["metrics"]["accept_length"] >= 1
+    assert content["flow"]["settings"]["flow_schedule"] == "4:0,3"
+    assert "drafter" not in content["flow"]["settings"]
+    table = (out / "ablation.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == names
+    assert (out / "ablation.png").stat().st_size > 5000
+    capsys.readouterr()
+    assert main([*command, "--configurations", "plain", "kv-tuned"]) == 2
+    assert "configuration 'kv-tuned' requires --overlay, found none" in capsys.readouterr().err
