@@ -18,8 +18,9 @@ import pytest
 from std_msgs.msg import String
 
 from flashdrive_node.cli import replay as command
+from flashdrive_node.evaluation.drive_picture import HEIGHT, WIDTH
 from flashdrive_node.evaluation.replay_report import read_outputs
-from flashdrive_node.evaluation.video import HEIGHT, RATE_HZ, WIDTH, read_drive, write_video
+from flashdrive_node.evaluation.video import RATE_HZ, read_drive, write_video
 from flashdrive_node.evaluation.world_bag import CAMERA_DELAY_NS, START_NS
 from flashdrive_node.runtime.bag import open_bag
 from flashdrive_node.runtime.rig import Rig

@@ -88,10 +88,10 @@ def test_a_drive_in_lock_step_equals_one_in_process(
     parameters = {key.replace(".", "__"): value for key, value in values.items()}
     with driving_node(bench, tmp_path, rig_file, **parameters) as node:
         with world(bench, tmp_path, rig=str(rig_file), file_format="png") as found:
-            driven, poses = begin(found, 38), []
+            driven, seen = begin(found, 38), []
             for _ in range(steps):
                 driven.steps(1)
-                poses.append(driven.pose)
+                seen.append((driven.drive.record, driven.pose))
         assert node.stop() == 0
     log = driven.drive.log
     assert (log.answered, log.unanswered, log.other_inputs, log.following) == (steps, {}, 0, steps)
@@ -101,7 +101,7 @@ def test_a_drive_in_lock_step_equals_one_in_process(
     engine.warm_up()
     engine.reset("activated")
     loop = ClosedLoop(sample_scenes(scene_keys("test", [38])), found.frames)
-    for number, (record, pose) in enumerate(zip(driven.records, poses, strict=True), 1):
+    for number, (record, pose) in enumerate(seen, 1):
         prediction = engine.step(observation(loop, [camera.index for camera in rig.cameras], number))
         sample = prediction.trajectory
         if values["engine"] != "fake":  # whose text counts windows
@@ -112,7 +112,9 @@ def test_a_drive_in_lock_step_equals_one_in_process(
         loop.step()
         s = loop.state
         assert pose == pytest.approx((float(s.x), float(s.y), float(s.yaw), float(s.speed)), abs=1e-4), number
-    assert any(record["nav_text"] for record in driven.records)
+    assert any(record["nav_text"] for record, _ in seen)
+    for through_ros, in_process in zip(driven.loop.tally.scores(), loop.tally.scores(), strict=True):
+        assert through_ros.tolist() == pytest.approx(in_process.tolist(), abs=1e-4)
     engine.close()
 
 

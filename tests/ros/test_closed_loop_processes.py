@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import psutil
 import pytest
 
@@ -77,9 +78,8 @@ def test_a_world_without_a_driving_node_says_so(tmp_path, rig):
 @pytest.mark.timeout(120)
 def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
     common = ("drive", "--ros", "--engine", "fake", "--rig", rig, "--quiet", "--first", SLOW_SCENE)
-    done = commands.run(
-        tmp_path, "flashdrive_node.cli.main", *common, "--scenes", 2, "--seconds", 0.5, "--out", tmp_path / "out"
-    )
+    options = ("--scenes", 2, "--seconds", 0.5, "--videos", 1, "--out", tmp_path / "out")
+    done = commands.run(tmp_path, "flashdrive_node.cli.main", *common, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| scene score |" in done.stdout
     found = result(tmp_path)
@@ -87,6 +87,8 @@ def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
     assert found["windows"]["answered"] == 10
     assert found["windows"]["unanswered"] == {}
     assert found["windows"]["other_inputs"] == 0
+    video = cv2.VideoCapture(str(tmp_path / "out" / f"scene_{SLOW_SCENE:05d}.mp4"))
+    assert (video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)) == (5.0, 3.0)
 
     process = commands.start(tmp_path, "flashdrive_node.cli.main", *common, "--seconds", 60, "--out", tmp_path / "long")
     log = tmp_path / "long" / "node.log"
@@ -109,6 +111,7 @@ def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
         (("--engine", "fake", "--device", "cuda:0,cuda:1"), "one device is required with --ros, found cuda:0,cuda:1"),
         (("--engine", "fake", "--size", "100x64"), "pictures need a width that is a multiple of 8"),
         (("--engine", "fake", "--rig", "nowhere"), "no rig of this name"),
+        (("--engine", "fake", "--videos", "2"), "--videos needs a folder, --out"),
     ],
 )
 def test_wrong_input_ends_before_anything_starts(capsys, options, text):
@@ -131,6 +134,7 @@ def test_the_command_line_of_the_world_says_all_its_options(tmp_path):
         device="cuda:1",
         ready_timeout_s=5.0,
         silence_s=3.0,
+        videos=2,
         quiet=True,
     )
     assert world_node.options_of(world_node.arguments(options)) == options

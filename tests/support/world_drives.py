@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,10 @@ def driving_node(bench: Bench, folder: Path, rig: Path | str, **parameters: obje
 
 @dataclass
 class Driven:
-    """One scene that is being driven, and everything that was seen of it."""
+    """One scene that is being driven."""
 
     drive: SceneDrive
     loop: ClosedLoop
-    records: list[dict[str, Any]] = field(default_factory=list)
 
     def steps(self, count: int) -> None:
         """Go on."""
@@ -67,10 +66,9 @@ def world(bench: Bench, folder: Path, **options: Any) -> Iterator[World]:
 def begin(found: World, index: int) -> Driven:
     """Start a scene of the test split at the time of the first one of a run."""
     loop = ClosedLoop(sample_scenes(scene_keys("test", [index])), found.frames)
-    records: list[dict[str, Any]] = []
-    drive = found.scene_drive(loop, lambda record, pictures: records.append(record))
+    drive = found.scene_drive(loop)
     drive.start()
-    return Driven(drive, loop, records)
+    return Driven(drive, loop)
 
 
 def real_time() -> DriveMode:

@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flow-steps", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the model's noise (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write closed_loop or open_loop .json, .md and .png")
+    parser.add_argument(
+        "--videos", type=int, default=0, metavar="N", help="write an MP4 of the first N scenes to --out"
+    )
     drive_ros.add_arguments(parser)
 
 
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--scenes must be at least 1, found {args.scenes}")
     if args.ros:
         return drive_ros.run(args, _size(args.size))
+    if args.videos and args.out is None:
+        raise InputError("--videos needs --out, where they are written")
     needy = sorted({MODEL, HISTORY}.intersection(args.policy))
     if needy and args.checkpoint is None:
         raise InputError(f"a checkpoint is required for {' and '.join(needy)}; or choose others with --policy")
@@ -76,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 def _closed_loop(args: argparse.Namespace) -> int:
     settings = RunSettings(args.split, args.seconds, args.replan, policy_batch=args.batch)
     begun = time.perf_counter()
-    work = ClosedLoopWork(tuple(args.policy), _model(args), settings, _size(args.size))
+    filmed = tuple(_indices(args)[: args.videos]) if args.out is not None else ()
+    work = ClosedLoopWork(tuple(args.policy), _model(args), settings, _size(args.size), filmed, args.out or Path())
     driven = spread(work, _indices(args), devices_of(args.device), "closed loop")
     rows = {policy: [row for name, row in driven if name == policy] for policy in args.policy}
     report = DriveReport(settings, rows, _conditions(args, begun))

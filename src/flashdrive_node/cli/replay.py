@@ -8,16 +8,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flashdrive_node.bundled import BUNDLED, bundled_drive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("bag", type=Path, help="rosbag2 directory or file: sqlite3 or mcap, any compression")
+    parser.add_argument("bag", type=Path, help="rosbag2 directory or file, or 'bundled'")
     parser.add_argument("--rig", default="sample", help="name or file of the camera rig (default: sample)")
     parser.add_argument("--params", type=Path, metavar="FILE", help="parameter file of the node (ROS 2 YAML)")
     parser.add_argument(
         "--engine", choices=("plain", "streaming", "fake"), help="default: plain with --checkpoint, else fake"
     )
-    parser.add_argument("--checkpoint", metavar="DIR", help="directory or Hugging Face id of a checkpoint")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="directory or Hugging Face id of a checkpoint, or 'bundled'"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other parameter of the node; repeatable"
     )
@@ -41,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from flashdrive_node.runtime.bag import BagError
     from flashdrive_node.runtime.rig import RigError, load_rig
 
+    bag = bundled_drive() if str(args.bag) == BUNDLED else args.bag
     with tempfile.TemporaryDirectory(prefix="flashdrive_replay_") as scratch:
         folder = args.report or Path(scratch)
         outputs = args.record or Path(scratch) / "outputs"
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             rig = load_rig(args.rig)
             folder.mkdir(parents=True, exist_ok=True)
             play = PlayOptions(
-                bag=args.bag,
+                bag=bag,
                 rig=args.rig,
                 rate=args.rate,
                 loop=args.loop,
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 rig=args.rig, folder=folder, params_file=args.params, parameters=node_parameters(args)
             )
             result = replay(play, session, outputs, args.load_timeout, args.quiet)
-            report = make_report(args.bag, result.outputs, rig, dataclasses.asdict(result.played), result.problem)
+            report = make_report(bag, result.outputs, rig, dataclasses.asdict(result.played), result.problem)
         except (BagError, RigError, SessionError, FileExistsError, ValueError) as error:
             print(f"flashdrive replay: {error}", file=sys.stderr)
             return 2

@@ -58,7 +58,7 @@ class ClosedLoop:
             self.states.append(advance(scene, self.states[-1])[0])
         self.trajectory: Trajectory = no_trajectory(self.state, FUTURE)
         self.tally = Tally(scene, self.state)
-        self._pictures: deque[tuple[State, Tensor]] = deque(maxlen=FRAMES)
+        self._pictures: list[tuple[State, Tensor]] = []
 
     @property
     def state(self) -> State:
@@ -73,13 +73,16 @@ class ClosedLoop:
     def _images(self) -> Tensor | None:
         if self.frames is None:
             return None
-        known = {id(state): pictures for state, pictures in self._pictures}
+        shown = []
         for state in list(self.states)[-FRAMES:]:
-            pictures = known.get(id(state))
-            if pictures is None:
-                pictures = render_frames(self.scene, state, self.frames)
-            self._pictures.append((state, pictures))
-        return torch.stack([pictures for _, pictures in self._pictures], dim=2)
+            pictures = self.pictures_at(state)
+            shown.append(render_frames(self.scene, state, self.frames) if pictures is None else pictures)
+        self._pictures = list(zip(list(self.states)[-FRAMES:], shown, strict=True))
+        return torch.stack(shown, dim=2)
+
+    def pictures_at(self, state: State) -> Tensor | None:
+        """Pictures that were made of one of the newest moments, uint8 [S, cameras, H, W, 3], or None."""
+        return next((pictures for known, pictures in self._pictures if known is state), None)
 
     def publish(self, xyz: Tensor, yaw: Tensor, speed: Tensor) -> None:
         """Follow a plan that was made for this moment; rows that are not finite keep the plan before.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import ClosedLoop
 from flashdrive_node.evaluation.devices import Progress
+from flashdrive_node.evaluation.filming import Filming
 from flashdrive_node.evaluation.policies import Plans, Policy, make_policy
 from flashdrive_node.evaluation.scores import Scores
 from flashdrive_node.model.errors import InputError
@@ -81,6 +83,9 @@ class ClosedLoopWork:
     run: RunSettings
     #: Width and height of the pictures.
     size: tuple[int, int] = (288, 160)
+    #: Indices of scenes that become videos, and where to: a folder per policy.
+    filmed: tuple[int, ...] = ()
+    folder: Path = Path()
 
     def total(self, indices: Sequence[int]) -> int:
         """Steps of all policies and batches."""
@@ -97,8 +102,14 @@ class ClosedLoopWork:
             scene = move(sample_scenes(scene_keys(self.run.split, part)), device)
             expert = expert_scores(scene, self.run.steps)
             for name, policy in policies.items():
-                done = drive_batch(policy, part, scene, expert, self.run, frames, lambda loop, plans: progress(1))
-                rows += [(name, row) for row in done]
+                film = Filming(scene, [i for i, index in enumerate(part) if index in self.filmed], name)
+
+                def on_step(loop: ClosedLoop, plans: Plans | None, film: Filming = film) -> None:
+                    film.add(loop, plans)
+                    progress(1)
+
+                rows += [(name, row) for row in drive_batch(policy, part, scene, expert, self.run, frames, on_step)]
+                film.write(self.folder / name, [part[row] for row in film.rows])
         return rows
 
 

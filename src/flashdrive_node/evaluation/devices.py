@@ -48,8 +48,11 @@ def spread(work: Work[Result], indices: Sequence[int], devices: Sequence[str], t
     if len(devices) == 1:
         return list(_shard(work, indices, devices[0], title, 0))
     ends = [round(len(indices) * i / len(devices)) for i in range(len(devices) + 1)]
-    # A process that holds a GPU cannot be forked.
-    with ProcessPoolExecutor(len(devices), mp_context=multiprocessing.get_context("spawn")) as pool:
+    # A process that holds a GPU cannot be forked. Each takes its share of the cores, and no more.
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(devices))
+    with ProcessPoolExecutor(
+        len(devices), mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
         parts = [
             pool.submit(_shard, work, indices[first:last], device, f"{title} {device}", number)
             for number, (device, first, last) in enumerate(zip(devices, ends[:-1], ends[1:], strict=True))

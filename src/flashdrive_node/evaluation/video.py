@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
 from flashdrive_node.evaluation.bag_truth import Truth, compare, read_truth
-from flashdrive_node.evaluation.drive_picture import HEIGHT, PLAN, WIDTH, Moment, View, draw_moment
+from flashdrive_node.evaluation.drive_picture import PLAN, Moment, View, draw_moment
+from flashdrive_node.evaluation.mp4 import write_mp4
 from flashdrive_node.evaluation.replay_report import DrivenPath, read_driven_path
 from flashdrive_node.evaluation.strips import Strip, reasoning_strips
 from flashdrive_node.runtime.bag import messages, open_bag, raw_image, select
@@ -96,21 +96,16 @@ def write_video(path: Path, bag: Path, drive: ReplayedDrive, on_progress: Callab
 
     Raises:
         BagError: The recording cannot be read.
-        OSError: No video can be written there.
+        OSError: No video can be written there, or the recording has no pictures.
     """
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), RATE_HZ, (WIDTH, HEIGHT))
-    if not writer.isOpened():
-        raise OSError(f"{path}: OpenCV cannot write an MP4 there")
-    count = 0
-    try:
-        for picture in draw_video(bag, drive):
-            writer.write(np.ascontiguousarray(picture[..., ::-1]))
-            count += 1
+
+    def pictures() -> Iterator[Picture]:
+        for count, picture in enumerate(draw_video(bag, drive), start=1):
+            yield picture
             if on_progress is not None:
                 on_progress(count)
-    finally:
-        writer.release()
-    return count
+
+    return write_mp4(path, RATE_HZ, pictures())
 
 
 def draw_video(bag: Path, drive: ReplayedDrive) -> Iterator[Picture]:

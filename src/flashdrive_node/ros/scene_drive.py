@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -59,10 +58,6 @@ class WindowLog:
     late_s: float = 0.0
 
 
-#: Called with the record of a window that is driven by, and the pictures at its t0 by camera index.
-OnWindow = Callable[[dict[str, Any], dict[int, Picture]], None]
-
-
 class SceneDrive:
     """Drives one scene by what the driving node publishes.
 
@@ -72,7 +67,12 @@ class SceneDrive:
         sensors, clock: Of the world.
         begin_ns: Time of the scene's first state.
         mode: How.
-        on_window: Called with every record that is driven by.
+
+    Attributes:
+        log: What came of the windows.
+        now_ns: Time of the loop's newest state.
+        pictures: Newest pictures RGB uint8 [H, W, 3] by camera index.
+        record: ``~/output/record`` of the window that is driven by; empty before the first.
     """
 
     def __init__(
@@ -83,17 +83,16 @@ class SceneDrive:
         clock: WorldClock,
         begin_ns: int,
         mode: DriveMode,
-        on_window: OnWindow | None = None,
     ):
         self.loop, self.log = loop, WindowLog()
         self._link, self._sensors, self._clock, self._mode = link, sensors, clock, mode
-        self._on_window = on_window
         self._begin_ns = begin_ns
-        #: Time of the loop's newest state.
         self.now_ns = begin_ns + (len(loop.states) - 1) * DT_NS
-        #: Navigation text and newest pictures by time, as far back as answers may reach.
-        self._sent: dict[int, tuple[str | None, dict[int, Picture]]] = {}
-        self._held_t0_ns = self._noted_t0_ns = -1
+        self.pictures: dict[int, Picture] = {}
+        self.record: dict[str, Any] = {}
+        #: Navigation texts by time, as far back as answers may reach.
+        self._texts: dict[int, str | None] = {}
+        self._held_t0_ns = -1
         self._timeouts = self._steps = 0
 
     def start(self) -> None:
@@ -155,10 +154,10 @@ class SceneDrive:
         frames = images[0].cpu().numpy()  # [cameras, 4, H, W, 3]
         unsent = range(FRAMES - 1) if not self._steps else ()
         for place in (*unsent, FRAMES - 1):
-            pictures = dict(zip(self._sensors.cameras, frames[:, place], strict=True))
-            self._sensors.send_pictures(self.now_ns - (FRAMES - 1 - place) * DT_NS, pictures)
-        self._sent[self.now_ns] = text, pictures
-        self._sent.pop(self.now_ns - len(self.loop.states) * DT_NS, None)
+            self.pictures = dict(zip(self._sensors.cameras, frames[:, place], strict=True))
+            self._sensors.send_pictures(self.now_ns - (FRAMES - 1 - place) * DT_NS, self.pictures)
+        self._texts[self.now_ns] = text
+        self._texts.pop(self.now_ns - len(self.loop.states) * DT_NS, None)
         self._send_odometry(self.now_ns, self.loop.states[-2], self.loop.state)
 
     def _send_odometry(self, now_ns: int, before: State, state: State) -> None:
@@ -180,8 +179,8 @@ class SceneDrive:
             return
         self.log.answered += 1
         self.log.age_ms.append(age_ns / 1e6)
-        if answer.record is not None and answer.plan.t0_ns != self._noted_t0_ns:
-            self._noted_t0_ns = answer.plan.t0_ns
+        if answer.record is not None and answer.record is not self.record:
+            self.record = answer.record
             self._note_record(answer.record)
 
     def _follow(self, plan: PublishedPlan) -> None:
@@ -210,15 +209,13 @@ class SceneDrive:
 
     def _note_record(self, record: dict[str, Any]) -> None:
         t0_ns = record["t0_ns"]
-        text, pictures = self._sent.get(t0_ns, (None, {}))
         stamps = [t0_ns - k * DT_NS for k in range(FRAMES - 1, -1, -1)]
         frames = record["frame_stamps_ns"].values()
+        text = self._texts.get(t0_ns)
         as_sent = (record["nav_text"] or None) == text and all(found == stamps for found in frames)
         self.log.other_inputs += not as_sent
         self.log.texts.append(record["reasoning"])
         self.log.total_ms.append(record["timings_ms"]["total"])
-        if self._on_window is not None:
-            self._on_window(record, pictures)
 
 
 def _pose(state: State) -> tuple[float, float, float]:

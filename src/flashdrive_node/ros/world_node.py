@@ -72,6 +72,7 @@ def arguments(options: WorldOptions) -> list[str]:
         "device": o.device,
         "ready-timeout": o.ready_timeout_s,
         "silence": o.silence_s,
+        "videos": o.videos,
     }
     given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     flags = {"--real-time": mode.real_time, "--quiet": o.quiet}
@@ -100,6 +101,7 @@ def options_of(argv: list[str]) -> WorldOptions:
     parser.add_argument("--device", default=standard.device, help="torch device of the world")
     parser.add_argument("--ready-timeout", type=float, default=standard.ready_timeout_s, metavar="S")
     parser.add_argument("--silence", type=float, default=standard.silence_s, metavar="S", help="gone after so long")
+    parser.add_argument("--videos", type=int, default=0, help="so many scenes become an MP4")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if args.scenes < 1 or args.first < 0:
@@ -116,6 +118,7 @@ def options_of(argv: list[str]) -> WorldOptions:
         device=args.device,
         ready_timeout_s=args.ready_timeout,
         silence_s=args.silence,
+        videos=args.videos,
         quiet=args.quiet,
     )
 

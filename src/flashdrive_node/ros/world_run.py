@@ -14,11 +14,12 @@ from rclpy.node import Node
 from flashdrive_node.evaluation.closed_loop import ClosedLoop
 from flashdrive_node.evaluation.closed_loop_run import RunSettings, SceneRow, expert_scores, scene_rows
 from flashdrive_node.evaluation.drive_report import DriveReport, as_json, markdown
+from flashdrive_node.evaluation.drive_video import DriveVideo
 from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.evaluation.world_views import world_cameras
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.ros.driver_link import DriverError, DriverLink
-from flashdrive_node.ros.scene_drive import DriveMode, OnWindow, SceneDrive, WindowLog
+from flashdrive_node.ros.scene_drive import DT_NS, DriveMode, SceneDrive, WindowLog
 from flashdrive_node.ros.world_clock import WorldClock
 from flashdrive_node.ros.world_sensors import WorldSensors, wait_until_heard
 from flashdrive_node.runtime.rig import Rig, RigError, load_rig
@@ -32,6 +33,7 @@ from flashdrive_node.world.scene import move
 POLICY = "node"
 #: File with the scores so far, and its table for people.
 RESULT, TABLE = "closed_loop.json", "closed_loop.md"
+_NOTE = "The driving node drives this vehicle of the procedural world through ROS 2."
 #: Time of the first scene's first state, and from the end of a scene to the start of the next.
 _START_NS, _PAUSE_NS = 1_000_000_000_000, 500_000_000
 
@@ -58,7 +60,9 @@ class WorldOptions:
     ready_timeout_s: float = 900.0
     #: Without diagnostics for so long the driving node counts as gone.
     silence_s: float = 10.0
-    #: No progress bar.
+    #: So many scenes from the first on become videos.
+    videos: int = 0
+    #: No progress bars.
     quiet: bool = False
 
 
@@ -121,7 +125,6 @@ class WorldResult:
         content = as_json(self.report()) if self.rows else {}
         content["windows"] = self.windows()
         content["problem"], content["interrupted"] = self.problem, self.interrupted
-        self.options.out.mkdir(parents=True, exist_ok=True)
         (self.options.out / RESULT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (self.options.out / TABLE).write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
 
@@ -163,16 +166,17 @@ class World:
         if missing:
             raise DriverError(f"{self.options.driver} must subscribe to every input, nobody does to {missing}")
 
-    def scene_drive(self, loop: ClosedLoop, on_window: OnWindow | None = None) -> SceneDrive:
+    def scene_drive(self, loop: ClosedLoop) -> SceneDrive:
         """The drive of a loop with one scene and this world's `frames`, from where time stands now."""
-        return SceneDrive(loop, self.link, self.sensors, self.clock, self._begin_ns, self.options.mode, on_window)
+        return SceneDrive(loop, self.link, self.sensors, self.clock, self._begin_ns, self.options.mode)
 
-    def drive(self, index: int, on_step: Callable[[], object]) -> tuple[SceneRow, WindowLog]:
+    def drive(self, index: int, on_step: Callable[[], object], video: Path | None) -> tuple[SceneRow, WindowLog]:
         """Drive one scene.
 
         Args:
             index: Of the scene in its split.
             on_step: Called after every step.
+            video: MP4 to write of it.
 
         Raises:
             DriverError: The driving node has gone, or says nothing any more.
@@ -183,15 +187,33 @@ class World:
         loop = ClosedLoop(scene, self.frames)
         drive = self.scene_drive(loop)
         drive.start()
+        film = DriveVideo(scene, _NOTE) if video is not None else None
         for _ in range(settings.steps):
             drive.step()
             on_step()
+            if film is not None:
+                said = drive.record.get("reasoning", "")
+                film.add(loop.states[-2], loop.trajectory, drive.pictures, said, _figures(drive))
+        if film is not None and video is not None:
+            film.write(video, self.options.quiet)
         self._begin_ns = drive.now_ns + _PAUSE_NS
         log = drive.log
         malformed = sum(parse(text) is None for text in log.texts)
         share = log.following / settings.steps
         (row,) = scene_rows([index], loop, expert, [share], [len(log.texts)], [malformed])
         return row, log
+
+
+def _figures(drive: SceneDrive) -> list[tuple[str, str]]:
+    """Of the window that is driven by, for the video."""
+    record = drive.record
+    if not record:
+        return [("window", "none yet")]
+    age_s = (drive.now_ns - DT_NS - record["t0_ns"]) / 1e9
+    return [
+        ("window", f"{record['window_id']}, {age_s:.1f} s old"),
+        ("engine", f"{record['timings_ms']['engine']:.0f} ms"),
+    ]
 
 
 def frame_settings(rig: Rig, size: tuple[int, int]) -> FrameSettings:
@@ -220,10 +242,13 @@ def drive_scenes(world: World, on_step: Callable[[], object]) -> WorldResult:
         on_step: Called after every step.
     """
     result = WorldResult(world.options)
+    world.options.out.mkdir(parents=True, exist_ok=True)
     try:
         world.wait_for_driver()
-        for index in world.options.indices:
-            row, log = world.drive(index, on_step)
+        options = world.options
+        for number, index in enumerate(options.indices):
+            video = options.out / f"scene_{index:05d}.mp4" if number < options.videos else None
+            row, log = world.drive(index, on_step, video)
             result.rows.append(row)
             result.logs.append(log)
             result.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,14 +111,34 @@ def _flow_losses(
     Sums along the path are what speed, heading and position are made of. Both are least where the velocity is the
     conditional mean, so together they weigh slow errors more without changing what is learnt.
     """
+    places = flow_places(actions, draws, generator)
+    velocity = batched.velocity_field(model, context, draws)(places.x, places.times)
+    return flow_errors(velocity - places.velocity)
+
+
+class FlowPlaces(NamedTuple):
+    """Where the velocity of a flow is looked at."""
+
+    #: Noisy actions, float32 [B, draws, 64, 2], and their times [B, draws].
+    x: Tensor
+    times: Tensor
+    #: From the noise to the action: what the velocity should be on average, float32 [B, draws, 64, 2].
+    velocity: Tensor
+
+
+def flow_places(actions: Tensor, draws: int, generator: torch.Generator) -> FlowPlaces:
+    """Random places on the straight ways from noise to the actions, float32 [B, 64, 2]."""
     rows = actions.shape[0]
     noise = torch.randn((rows, draws, *actions.shape[1:]), device=actions.device, generator=generator)
     # One time from each part of the interval.
     times = torch.rand((rows, draws), device=actions.device, generator=generator)
     times = (times + torch.arange(draws, device=actions.device)) / draws
     share, target = times[..., None, None], actions[:, None]
-    velocity = batched.velocity_field(model, context, draws)((1 - share) * noise + share * target, times)
-    error = velocity - (target - noise)
+    return FlowPlaces((1 - share) * noise + share * target, times, target - noise)
+
+
+def flow_errors(error: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares of velocity errors [B, draws, 64, 2], waypoint by waypoint and summed along the path."""
     return error.square().mean(), (error.cumsum(dim=2) / _SUM_SCALE).square().mean()
 
 

@@ -1,0 +1,59 @@
+"""What the package carries: small enough, whole, and what its documentation says."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashdrive_node.bundled import bundled_drive
+from flashdrive_node.evaluation.bag_calibration import read_calibrations
+from flashdrive_node.evaluation.bag_truth import label_of, read_truth
+from flashdrive_node.evaluation.driven_route import DrivenRoute
+from flashdrive_node.evaluation.world_bag import SceneChoice, truth
+from flashdrive_node.runtime.bag import messages, odometry_sample, open_bag, rig_topics, select
+from flashdrive_node.runtime.rig import Rig
+
+_MIB = 1 << 20
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_drive_is_small_and_holds_everything_for_its_length(rig: Rig) -> None:
+    assert size(bundled_drive()) <= 8 * _MIB
+    with open_bag(bundled_drive()) as reader:
+        assert {c.topic for c in select(reader, rig)} == set(rig_topics(rig))
+        counts = {topic: info.msgcount for topic, info in reader.topics.items()}
+        assert reader.duration == pytest.approx(20e9, rel=0.01)
+    assert [counts[camera.topic] for camera in rig.cameras] == [201] * 4
+    assert counts[rig.odometry_topic] == 1001
+    assert counts[str(rig.navigation_topic)] == 21
+    assert read_calibrations(bundled_drive(), rig).keys() == {camera.name for camera in rig.cameras}
+
+
+def test_the_drive_is_an_unseen_scene_with_several_causes() -> None:
+    known = read_truth(bundled_drive())
+    assert known is not None
+    assert known.split == "test"
+    seconds = {label: count / 10 for label, count in Counter(map(label_of, known.sentences)).items()}
+    assert "unclear" not in seconds
+    assert sum(value >= 2.0 for value in seconds.values()) >= 4
+
+
+def test_the_drive_is_what_the_world_gives(rig: Rig) -> None:
+    known = read_truth(bundled_drive())
+    assert known is not None
+    # A change of the world that would change this scene makes the recording stale.
+    episode = SceneChoice(known.split, known.index, 20.0).drive()
+    assert not bool(episode.faults.any[0])
+    assert known.sentences == tuple(truth(episode, step)["sentence"] for step in range(201))
+    with open_bag(bundled_drive()) as reader:
+        wanted = [c for c in reader.connections if c.topic == rig.odometry_topic]
+        route = DrivenRoute(
+            [odometry_sample(reader.deserialize(raw, c.msgtype)) for c, _, raw in messages(reader, wanted)]
+        )
+    driven = route.future(int(known.stamps_ns[100]))
+    assert driven is not None
+    np.testing.assert_allclose(driven.xyz, episode.future(100)[0][0], atol=0.02)
