@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.drafter import Drafter, DrafterConfig
-from flashdrive_node.engine.speculative import DraftRule, Propose, Speculated, Taps
+from flashdrive_node.engine.flow_pass import SampledTexts, WaypointContext
+from flashdrive_node.engine.speculative import DraftRule, Propose, Script, Speculated, Taps, TextDecoder
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.inference import Context, Generated, StopRule
@@ -48,8 +49,8 @@ class Prompted:
         ids = torch.randint(7, 100, (9,), generator=generator)
         self.model, slots = model, 9 + speculative.slots_needed(rows, SamplingSettings(max_length=max_length), block)
         cache = inference.KVCache(CONFIG.text, slots + rows * 5, "cpu", torch.float32)
-        taps = Taps(LAYERS, context_length)
         none = inference.VisionFeatures(torch.zeros(0, CONFIG.text.hidden_size), [])
+        taps = Taps(LAYERS, context_length)
         self.context, self.logits = inference.prefill(
             model, ids, torch.arange(9).expand(3, -1), -2, cache, none, torch.zeros(0, dtype=torch.int64), taps.observe
         )
@@ -66,23 +67,32 @@ class Prompted:
     def plain(self, settings: SamplingSettings, generator: torch.Generator | None = None) -> Generated:
         return inference.decode(self.model, self.clear(), self.logits, 1, settings, RULE, generator)
 
-    def text_slots(self) -> tuple[Tensor, Tensor]:
+    def text_slots(self, end: int) -> tuple[Tensor, Tensor]:
         cache = self.context.cache
-        return cache.keys[:, :, : cache.used].clone(), cache.values[:, :, : cache.used].clone()
+        return cache.keys[:, :, :end].clone(), cache.values[:, :, :end].clone()
+
+    def decoder(
+        self,
+        propose: Propose | None,
+        block: int,
+        settings: SamplingSettings,
+        rows: int = 1,
+        closing: int | None = CLOSING,
+        script: Script | None = None,
+    ) -> TextDecoder:
+        draft = None if propose is None else DraftRule(propose, LAYERS, block, len(self.states), closing)
+        return TextDecoder(self.model, self.context.cache, rows, settings, RULE, draft, script=script)
 
     def speculate(
         self,
-        propose: Propose,
+        propose: Propose | None,
         block: int,
         settings: SamplingSettings,
         rows: int = 1,
         generator: torch.Generator | None = None,
-        closing: int | None = CLOSING,
     ) -> Speculated:
-        rule = DraftRule(propose, LAYERS, block, len(self.states), closing)
-        return speculative.decode(
-            self.model, self.clear(), self.logits, self.states, rows, rule, settings, RULE, generator
-        )
+        decoder = self.decoder(propose, block, settings, rows)
+        return decoder.decode(self.clear(), self.logits, self.states, generator)
 
 
 def accepted(text: list[int], done: int, guesses: list[int]) -> int:
@@ -123,9 +133,9 @@ def random_drafter(block: int, context_length: int, seed: int) -> Drafter:
 def way_to_end(text: list[int], log: list, block: int) -> str:
     """How a text came to its end, from the last guesses."""
     kind = {STOP: "stop", END: "end of turn"}.get(text[-1], "length limit")
-    if not log:
-        return f"{kind} as first token"
     done, guesses = log[-1]
+    if len(text) == 1:  # known to the host behind the first block only
+        return f"{kind} as first token"
     count = accepted(text, done, guesses)
     if done + count >= len(text):
         return f"{kind} inside a block"
@@ -145,35 +155,37 @@ def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
                 greedy = SamplingSettings(temperature=0, max_length=max_length)
                 expected = prompted.plain(greedy)
                 text, used = expected.rows()[0], prompted.context.cache.used
-                keys, values = prompted.text_slots()
+                keys, values = prompted.text_slots(used)
                 drafters = {
                     "right": lambda: True,
                     "wrong": lambda: False,
                     "mixed": lambda: draw.random() < 0.7,
                     "often right": lambda: draw.random() < 0.9,
                     "network": None,
+                    "none": None,
                 }
                 for name, right in drafters.items():
                     log: list[tuple[int, list[int]]] = []
-                    if right is None:
+                    if name == "none":
+                        propose = None
+                    elif right is None:
                         propose = lambda known, states: network.propose(model.language, known, states, None)  # noqa: E731, B023
                     else:
                         propose = guesser(text, block, right, log)
                     found = prompted.speculate(propose, block, greedy)
                     assert found.text.rows() == [text], (seed, name)
                     assert (found.text.lengths, found.text.stopped) == (expected.lengths, expected.stopped)
-                    assert prompted.context.cache.used == used
-                    assert found.owners.tolist() == [0] * (used - prompted.context.prefix)
-                    found_keys, found_values = prompted.text_slots()
+                    assert found.slots == (used - prompted.context.prefix,)
+                    found_keys, found_values = prompted.text_slots(used)
                     torch.testing.assert_close(found_keys, keys, **CLOSE)
                     torch.testing.assert_close(found_values, values, **CLOSE)
                     if right is not None:
                         assert found.rounds == len(log)
                         ways[way_to_end(text, log, block)] += 1
                     if name == "right" and CLOSING not in text:
-                        assert found.rounds == -(-(len(text) - 1) // block)
-                    if name == "wrong" and CLOSING not in text:
-                        assert found.rounds == len(text) - 1
+                        assert found.rounds == max(-(-(len(text) - 1) // block), 1)
+                    if name == "none" or (name == "wrong" and CLOSING not in text):
+                        assert found.rounds == max(len(text) - 1, 1)
                     cases += 1
     assert cases >= 2000
     for kind in ("stop", "end of turn", "length limit"):
@@ -193,10 +205,16 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
     random_guesses = lambda known, states: torch.tensor(  # noqa: E731
         [[draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)] for _ in known]
     )
-    found = prompted.speculate(random_guesses, block, sampling, rows, generator)
+    decoder = prompted.decoder(random_guesses, block, sampling, rows)
+    found = decoder.decode(prompted.clear(), prompted.logits, prompted.states, generator)
+    first, end = decoder.stretches(prompted.context)
+    waypoints = WaypointContext(model, prompted.context.cache, rows)
+    waypoints.place(
+        prompted.context, SampledTexts(tuple(zip(first, found.slots, strict=True)), found.text.lengths, end)
+    )
     x = torch.randn(rows, 5, 2, generator=generator)
     t = torch.tensor(0.4)
-    together = inference.velocity_field(model, prompted.context, found.text, owners=found.owners)(x, t)
+    together = waypoints.velocity()(x, t)
     assert bool(together.isfinite().all())
     for row, script in enumerate(found.text.rows()):
         alone = inference.decode(
@@ -220,8 +238,7 @@ def exact_probabilities(prompted: Prompted, settings: SamplingSettings) -> dict[
             position = torch.full((3, 1), context.prefix + i + context.rope_delta)
             hidden = prompted.model.language(torch.tensor([token]), position, context.cache)
             logits = prompted.model.language.logits(hidden)
-        forbidden = speculative.forbidden_bias(prompted.model, RULE)
-        chances = filter_logits(logits + forbidden, settings).softmax(dim=-1)[0]
+        chances = filter_logits(speculative.forbid(logits.clone(), RULE), settings).softmax(dim=-1)[0]
         for token in chances.nonzero()[:, 0].tolist():
             follow((*text, token), probability * float(chances[token]))
 

@@ -62,7 +62,7 @@ def test_kv_is_exact_where_nothing_in_front_of_kept_frames_changed(seed, cameras
         stamps = window.stamps | {camera: tuple(range(10 * k, 10 * k + 4)) for camera in new}
         window = Window(stamps, draw.choice(NAV), k)
         context, logits, plan = tick(stream, window)
-        assert plan.rows is not None
+        assert len(plan.rows.slots) < context.prefix
         assert len(plan.encode) == 4 * len(new)
         torch.testing.assert_close((logits, *state(context)), from_scratch(stream, window), **CLOSE)
 
@@ -82,7 +82,7 @@ def test_first_layer_and_all_text_of_kv_are_always_exact(seed, refresh_views):
         torch.testing.assert_close(found_keys[0], keys[0], **CLOSE)
         torch.testing.assert_close(found_values[0], values[0], **CLOSE)
         assert bool(logits.isfinite().all())
-        if plan.rows is not None:
+        if len(plan.rows.slots) < context.prefix:
             # Everything but image tokens is computed anew, behind the constant start.
             images = torch.zeros(context.prefix, dtype=torch.bool)
             images[plan.image_index] = True
@@ -126,16 +126,10 @@ def test_kv_equals_a_dense_mask_over_what_is_kept(seed, refresh_views):
         if window is None:
             stream.reset()
             continue
-        pre_rope: dict[int, Tensor] = {}
-
-        def observe(name: str, value: Tensor, pre_rope: dict[int, Tensor] = pre_rope) -> None:
-            if name.startswith("k_pre_rope."):
-                pre_rope[int(name.split(".")[1])] = value.clone()
-
-        context, logits, plan = tick(stream, window, observe)
+        context, logits, plan = tick(stream, window)
         keys, values = state(context)
-        slots = torch.arange(context.prefix) if plan.rows is None else plan.rows.slots
-        if plan.rows is not None:
+        slots = plan.rows.slots
+        if len(slots) < context.prefix:
             before = keys.clone(), values.clone()
             for image in plan.prompt.images:
                 span = torch.arange(image.start, image.end)
@@ -148,10 +142,12 @@ def test_kv_equals_a_dense_mask_over_what_is_kept(seed, refresh_views):
                     before[1][i][:, span] = values_of[frame][i]
             expected = dense(stream, window, before, slots)
             torch.testing.assert_close((logits, keys, values), expected, **CLOSE)
-        row_of = {int(slot): row for row, slot in enumerate(slots)}
+        computed, place = set(slots.tolist()), 0
+        assert stream._keys is not None
         for image in plan.prompt.images:
-            if image.start in row_of:
-                rows = [row_of[slot] for slot in range(image.start, image.end)]
+            if image.start in computed:
                 frame = (image.camera_index, window.stamps[image.camera_index][image.frame])
-                unrotated[frame] = [pre_rope[i][rows] for i in range(len(keys))]
+                places = slice(place, place + image.count)
+                unrotated[frame] = [kept[:, places].transpose(0, 1).clone() for kept in stream._keys]
                 values_of[frame] = [values[i][:, image.start : image.end].clone() for i in range(len(keys))]
+            place += image.count

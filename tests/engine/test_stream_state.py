@@ -99,10 +99,8 @@ def test_what_a_tick_computes():
     assert tick(stream, window)[2].encode == tuple(range(8))
     whole = 2 * 4 * 4  # two cameras, four frames, 2 x 2 image tokens each
 
-    def computed(stamps: tuple[int, ...], other: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], int | None]:
+    def computed(stamps: tuple[int, ...], other: tuple[int, ...] | None = None) -> tuple[tuple[int, ...], int]:
         plan = tick(stream, Window({0: stamps, 2: other or stamps}))[2]
-        if plan.rows is None:
-            return plan.encode, None
         return plan.encode, len(plan.rows.image_tokens)
 
     assert computed((1, 2, 3, 4)) == ((), 0)
@@ -110,11 +108,11 @@ def test_what_a_tick_computes():
     assert computed((4, 5, 6, 7)) == ((2, 3, 6, 7), 16)
     assert computed((4, 5, 6, 7), (5, 6, 7, 8)) == ((7,), 4)
     assert computed((5, 6, 7, 8), (105, 106, 107, 108)) == ((3, 4, 5, 6, 7), 20)
-    assert computed((201, 202, 203, 204)) == (tuple(range(8)), None)
+    assert computed((201, 202, 203, 204)) == (tuple(range(8)), whole)
     # A frame between two that are there already comes late: the older one moves, the newer ones stay.
     assert computed((200, 202, 203, 204)) == ((0, 4), 8)
     stream.reset()
-    assert computed((200, 202, 203, 204)) == (tuple(range(8)), None)
+    assert computed((200, 202, 203, 204)) == (tuple(range(8)), whole)
     assert whole == len(stream.plan(window.prompt(stream.model), window.rows).encode_tokens)
 
 
@@ -131,7 +129,7 @@ def test_ageing_equals_a_fresh_rotation_after_any_number_of_slides(dtype):
     originals = {image: stream._keys[:, :, _tokens(offsets, image)].clone() for image in prompt.images}
     for slide in range(1, 10_001):
         plan = stream.plan(prompt, [(slide + 1, slide + 2, slide + 3, slide + 4)] * 2)
-        stream._move(plan, context.cache)
+        stream.age(plan)
         originals = {
             image: originals[prompt.images[i + 1]] for i, image in enumerate(prompt.images) if image.frame < 3
         } | {image: torch.randn(originals[image].shape, generator=generator).to(dtype) for image in newest}
@@ -167,8 +165,10 @@ def test_a_failed_window_leaves_a_stream_as_after_a_reset():
     tick(stream, window)
     prompt = later.prompt(stream.model)
     plan = stream.plan(prompt, later.rows)
-    with pytest.raises(RuntimeError):
-        stream.prefill(plan, prompt.ids.float(), later.rows, features_of(stream.model, later, prompt, plan.encode))
+    features = features_of(stream.model, later, prompt, plan.encode)
+    assert features is not None
+    with pytest.raises((RuntimeError, IndexError)):
+        stream.prefill(plan, prompt.ids, later.rows, features._replace(embeds=features.embeds[:, 1:]))
     context, logits, plan = tick(stream, later)
     assert plan.encode == (0, 1, 2, 3)
     torch.testing.assert_close((logits, *state(context)), from_scratch(stream, later), rtol=0, atol=0)

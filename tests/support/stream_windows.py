@@ -18,7 +18,6 @@ from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.config_parser import parse_config
-from flashdrive_node.model.decoder import Observe
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history
 from flashdrive_node.model.tokenizer import AlpamayoTokenizer, load_tokenizer
@@ -125,13 +124,13 @@ def features_of(model: Alpamayo, window: Window, prompt: Prompt, images: Sequenc
     )
 
 
-def tick(stream: Stream, window: Window, observe: Observe | None = None) -> tuple[Context, Tensor, WindowPlan]:
+def tick(stream: Stream, window: Window) -> tuple[Context, Tensor, WindowPlan]:
     """Show a window to a stream."""
     prompt = window.prompt(stream.model)
     plan = stream.plan(prompt, window.rows)
     features = features_of(stream.model, window, prompt, plan.encode)
-    context, logits = stream.prefill(plan, window.ids(stream.model, prompt), window.rows, features, observe)
-    return context, logits, plan
+    context, logits = stream.prefill(plan, window.ids(stream.model, prompt), window.rows, features)
+    return context, logits.clone(), plan  # the next window writes to the same buffer
 
 
 def state(context: Context) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention
 
+from flashdrive_node.engine.kernels.linear import skinny_linear
+from flashdrive_node.engine.slot_pass import next_logits
 from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
-from flashdrive_node.model.errors import CheckpointError, ConfigError
+from flashdrive_node.model.errors import CheckpointError, ConfigError, InputError
 from flashdrive_node.model.language import LanguageModel
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
 from flashdrive_node.model.safetensors_file import TensorSpec, write_file
@@ -27,6 +29,9 @@ from flashdrive_node.model.state_dict import TensorSlot, decoder_slots
 
 #: The mask token's embedding, which is no row of the target's table: safetensors, or as the release has it.
 MASK_FILES = ("mask_embedding.safetensors", "mask_embedding.pt")
+
+#: Ids that alone are guessed, if the file is there: int64 "ids".
+VOCABULARY_FILE = "draft_vocabulary.safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,27 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config.decoder) for _ in range(config.decoder.num_layers))
         self.norm = RMSNorm(hidden, eps)
         self.register_buffer("mask_embedding", torch.empty(hidden))
+        # Ids of a reduced vocabulary, and their rows of the target's output head.
+        self._reduced: tuple[Tensor, Tensor] | None = None
+
+    def restrict(self, language: LanguageModel, ids: Tensor) -> None:
+        """Guess none but some tokens, which spares reading the rest of the head. The target's texts stay the same.
+
+        Args:
+            language: The target.
+            ids: int64 [n], each once.
+
+        Raises:
+            InputError: No ids, ids outside of the target's vocabulary, or one twice.
+        """
+        rows = len(language.lm_head.weight)
+        outside = ids.ndim != 1 or not len(ids) or bool((ids < 0).any()) or bool((ids >= rows).any())
+        if outside or ids.dtype != torch.int64 or len(ids.unique()) < len(ids):
+            raise InputError(
+                f"draft vocabulary: different ids of 0 to {rows - 1} are required, found {ids.tolist()[:8]}"
+            )
+        ids = ids.to(language.lm_head.weight.device)
+        self._reduced = ids, language.lm_head.weight[ids].contiguous()
 
     def forward(self, token: Tensor, context: Tensor) -> Tensor:
         """Hidden states of the guesses for several texts at once.
@@ -175,8 +201,18 @@ class Drafter(nn.Module):
         Returns:
             int64 [texts, block_size - 1].
         """
-        logits = language.logits(self(embedding(token, language.embed_tokens.weight), context))
-        return (logits if forbidden is None else logits + forbidden).argmax(dim=-1)
+        hidden = self(embedding(token, language.embed_tokens.weight), context)
+        flat = hidden.flatten(0, 1)
+        if self._reduced is None:
+            guesses = _likeliest(next_logits(language, flat), forbidden)
+        else:
+            ids, rows = self._reduced
+            guesses = ids[_likeliest(skinny_linear(flat, rows), None if forbidden is None else forbidden[ids])]
+        return guesses.unflatten(0, hidden.shape[:2])
+
+
+def _likeliest(logits: Tensor, forbidden: Tensor | None) -> Tensor:
+    return (logits if forbidden is None else logits + forbidden).argmax(dim=-1)
 
 
 def drafter_slots(config: DrafterConfig) -> list[TensorSlot]:
@@ -204,6 +240,24 @@ def load_drafter(directory: Path, target: AlpamayoConfig, device: torch.device |
     load_weights(drafter, drafter_slots(config), files if files.is_file() else directory, device, hash_files=False)
     materialise(drafter, "mask_embedding", torch.empty(0, device=device).device, dtype).copy_(mask)
     return drafter
+
+
+def read_draft_vocabulary(directory: Path) -> Tensor | None:
+    """Ids of a drafter's `VOCABULARY_FILE`, int64 [n], or None where it has none.
+
+    Raises:
+        CheckpointError: The file holds something else.
+    """
+    path = directory / VOCABULARY_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = load_file(path)
+    except Exception as error:  # parsers fail in many ways on files that are not theirs
+        raise CheckpointError(str(path), [f"cannot be read: {error}"]) from error
+    if set(content) != {"ids"} or content["ids"].dtype != torch.int64:
+        raise CheckpointError(str(path), [f"int64 'ids' alone are required, found {sorted(content)}"])
+    return content["ids"]
 
 
 def read_mask_embedding(directory: Path, size: int) -> Tensor:

@@ -26,7 +26,7 @@ from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import ModelError
-from flashdrive_node.model.flow_matching import Velocity, guided, integrate
+from flashdrive_node.model.flow_matching import Velocity
 from flashdrive_node.model.history_tokens import encode_history
 from flashdrive_node.model.images import preprocess
 from flashdrive_node.model.inference import Context, Generated, StopRule
@@ -42,10 +42,19 @@ class Reasoning:
     """The texts of one window, a row per sample."""
 
     text: Generated
-    #: See `inference.velocity_field`.
-    owners: Tensor | None = None
     #: Figures for the prediction.
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What a window's paths start from."""
+
+    #: Starting points of the flow, float32 [samples, waypoints, 2] on the model's device.
+    noise: Tensor
+    #: At t0, m/s, and height in metres.
+    speed: float
+    z: float
 
 
 class PlainEngine:
@@ -187,28 +196,17 @@ class PlainEngine:
         generator = torch.Generator(device).manual_seed(s.seed + self.windows)
         self.windows += 1
         timer = StageTimer(device)
-
-        prompt, context, logits = self._read(observation, timer)
-        thought = self._reason(context, logits, generator)
-        timer.lap("decode")
-        text = thought.text
-
-        velocity = inference.velocity_field(model, context, text, owners=thought.owners)
-        if s.guidance_weight != 1 and prompt.nav_span is not None:
-            second = self._without_navigation(prompt, context, text)
-            velocity = guided(velocity, inference.velocity_field(model, second, text), s.guidance_weight)
-            timer.lap("guidance")
+        # Drawn first, so that it is the same whatever else is drawn on the way.
         noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
-        action, error = self._flow(velocity, noise)
+        prompt, context, logits = self._read(observation, timer)
         # A 16 x 16 system: the host solves it while the device works, a GPU's solver would wait for the device.
         history_xyz, history_rot = ego_history(observation)
-        v0 = model.action_space.initial_speed(history_xyz, history_rot)
-        speed = v0.to(device, non_blocking=True).expand(s.samples)
-        path = model.action_space.to_path(action, speed, float(history_xyz[-1, 2]))
-        timer.lap("action")
-        numbers = torch.cat(
-            (path.xyz, *(t[..., None] for t in (path.yaw, path.speed, path.acceleration, path.curvature))), dim=-1
-        ).cpu()  # one copy to the host, which waits for the device
+        v0 = float(model.action_space.initial_speed(history_xyz, history_rot))
+        thought = self._reason(context, logits, generator)
+        text = thought.text
+        timer.lap("decode")
+        departure = Departure(noise, v0, float(history_xyz[-1, 2]))
+        numbers, error = self._act(prompt, context, thought, departure, timer)
         samples = tuple(
             _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped)
             for row, ids, stopped in zip(numbers, text.rows(), text.stopped, strict=True)
@@ -221,7 +219,7 @@ class PlainEngine:
             t0_ns=observation.t0_ns,
             samples=samples,
             chosen=_medoid(numbers[..., :2]),
-            initial_speed=float(v0),
+            initial_speed=v0,
             timings_ms=timer.finish(),
             metrics=metrics,
         )
@@ -259,10 +257,28 @@ class PlainEngine:
             forbidden=(tokens.traj_token_start, tokens.traj_vocab_size),
         )
 
-    def _flow(self, velocity: Velocity, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised actions, and an estimate of their error [samples] where steps are left out."""
-        steps = self.settings.flow_steps or self._model().config.flow.num_inference_steps
-        return integrate(velocity, noise, steps), None
+    def _act(
+        self, prompt: Prompt, context: Context, thought: Reasoning, departure: Departure, timer: StageTimer
+    ) -> tuple[Tensor, Tensor | None]:
+        """Paths on the host, [samples, waypoints, 7] (position, yaw, speed, acceleration, curvature).
+
+        Beside them an estimate of the actions' error [samples], where steps are left out.
+        """
+        s, model = self.settings, self._model()
+        velocity = inference.velocity_field(model, context, thought.text)
+        without: Velocity | None = None
+        if s.guidance_weight != 1 and prompt.nav_span is not None:
+            second = self._without_navigation(prompt, context, thought.text)
+            without = inference.velocity_field(model, second, thought.text)
+            timer.lap("guidance")
+        speed = torch.full((s.samples,), departure.speed, device=model.device)
+        _, path = inference.act(
+            model, velocity, departure.noise, speed, departure.z, s.flow_steps, without, s.guidance_weight
+        )
+        timer.lap("action")
+        columns = (path.yaw, path.speed, path.acceleration, path.curvature)
+        # One copy to the host, which waits for the device.
+        return torch.cat((path.xyz, *(column[..., None] for column in columns)), dim=-1).cpu(), None
 
     def _layout_of(self, observation: Observation, grids: list[tuple[int, int]]) -> tuple[Prompt, Tensor, Tensor]:
         """The prompt without history, and its positions and image index on the device, kept from window to window."""

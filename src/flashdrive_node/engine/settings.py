@@ -75,6 +75,8 @@ class StreamingSettings(PlainSettings):
     drafter: Path | None = None
     #: One text for all samples, which then differ by their starting noise alone; else each has its own.
     shared_text: bool = False
+    #: On a GPU, run every stage as a captured graph.
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

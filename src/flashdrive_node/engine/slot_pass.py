@@ -1,16 +1,22 @@
-"""A pass of the language model over tokens that stand anywhere in the cache, not only behind its end."""
+"""A pass of a decoder stack over tokens that stand anywhere in the cache, not only behind its end.
+
+The same sums as `run_layers`, cut into kernels in another way: what stands between two matrix products is one kernel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from flashdrive_node.model.decoder import DecoderLayer, Observe
+from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
+from flashdrive_node.engine.kernels.linear import skinny_linear
+from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
+from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.language import LanguageModel
-from flashdrive_node.model.rope import mrope_cos_sin, rotate
 
 #: Attention of queries [T, heads, head_dim] to a layer's keys and values [kv_heads, slots, head_dim], of which the
 #: whole cache is given: [T, heads * head_dim].
@@ -18,42 +24,68 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run_at_slots(
-    language: LanguageModel,
+    layers: nn.ModuleList,
+    final_norm: nn.Module,
     x: Tensor,
-    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
     slots: Tensor,
     cache: KVCache,
     attention: Attention,
-    after_layer: Callable[[int, Tensor], Tensor] | None = None,
-    observe: Observe | None = None,
+    kept: Callable[[int], KeptKeys] | None = None,
+    tap: Callable[[int, Tensor], None] | None = None,
+    added: Callable[[int], tuple[Tensor, Tensor] | None] | None = None,
 ) -> Tensor:
-    """Run tokens through the language model, writing their keys and values to given slots.
+    """Run tokens through a stack, writing their keys and values to given slots.
 
     Args:
-        language: The network.
+        layers: DecoderLayer modules of the language model or the expert.
+        final_norm: RMSNorm behind the last layer.
         x: Input embeddings [T, hidden].
-        positions: On the three axes, [3, T].
+        rotation: Of `mrope_cos_sin`, [T, head_dim] each.
         slots: Where each token stands, int64 [T], each once.
         cache: Written before it is attended to, layer by layer; `used` is left alone.
         attention: Decides what each token sees.
-        after_layer, observe: See `run_layers`.
+        kept: Where a layer's keys before rotation go.
+        tap: Shown every layer's output [T, hidden], which it may not change.
+        added: What comes on top of a layer's output: rows, int64 [n], and their values [n, hidden].
 
     Returns:
-        Hidden states before the final norm, [T, hidden].
+        Hidden states behind the final norm, [T, hidden].
     """
-    cos, sin = mrope_cos_sin(positions, language.config, x.dtype)
-    for i, module in enumerate(language.layers):
-        layer = cast(DecoderLayer, module)
-        q, k, v = layer.project(x)
-        if observe:
-            observe(f"k_pre_rope.{i}", k)
-            observe(f"v_proj.{i}", v)
+    cos, sin = rotation
+    stack = [cast(DecoderLayer, layer) for layer in layers]
+    norms = [*(layer.input_norm for layer in stack), cast(RMSNorm, final_norm)]
+    hidden = rms_norm(x, norms[0].weight, norms[0].eps)
+    for i, (layer, (_, next_norm)) in enumerate(zip(stack, pairwise(norms), strict=True)):
+        heads = HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
         keys, values = cache.keys[i], cache.values[i]
-        keys.index_copy_(1, slots, rotate(k, cos, sin).transpose(0, 1))
-        values.index_copy_(1, slots, v.transpose(0, 1))
-        x = layer.finish(x, attention(rotate(q, cos, sin), keys, values))
-        if observe:
-            observe(f"layer_out.{i}", x)
-        if after_layer:
-            x = after_layer(i, x)
-    return x
+        q = norm_rope_write(
+            skinny_linear(hidden, layer.qkv.weight),
+            heads,
+            cos,
+            sin,
+            keys,
+            values,
+            slots,
+            None if kept is None else kept(i),
+        )
+        update = skinny_linear(attention(q, keys, values), layer.o_proj.weight)
+        x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
+        gated = silu_mul(skinny_linear(hidden, layer.gate_up.weight))
+        update = skinny_linear(gated, layer.down.weight)
+        extra = None if added is None else added(i)
+        if extra is None:
+            x, hidden = add_rms_norm(x, update, next_norm.weight, next_norm.eps)
+        else:
+            x = x + update
+        if tap is not None:
+            tap(i, x)
+        if extra is not None:
+            x = x.index_add(0, *extra)
+            hidden = rms_norm(x, next_norm.weight, next_norm.eps)
+    return hidden
+
+
+def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:
+    """`LanguageModel.logits` for few tokens, whose time is the reading of the head."""
+    return skinny_linear(hidden, language.lm_head.weight).float()

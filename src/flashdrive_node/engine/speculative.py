@@ -9,40 +9,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.visibility import block_visibility
+from flashdrive_node.engine.read_back import ReadBack
+from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.attention import attend, group_mask
 from flashdrive_node.model.inference import Context, Generated, StopRule
-from flashdrive_node.model.sampling import SamplingSettings, sample
+from flashdrive_node.model.kv_cache import KVCache
+from flashdrive_node.model.rope import mrope_cos_sin
+from flashdrive_node.model.sampling import SamplingSettings, pick
 
 #: Guesses from the known token of each text, int64 [rows], and the context states [rows, context_length, context_size]:
 #: int64 [rows, block - 1].
 Propose = Callable[[Tensor, Tensor], Tensor]
 
 
+#: Repeated texts are padded to multiples of so many tokens.
+REPEATED = 16
+
+
+class Tapped(NamedTuple):
+    """What a drafter looks at: which layers' outputs, for how many of a prompt's last tokens."""
+
+    layer_ids: tuple[int, ...]
+    last: int
+
+
 class Taps:
-    """Collects the outputs of some layers while tokens run: pass `observe`, then take `states`."""
+    """Collects the outputs of some layers while tokens run: pass `see`, then take `states`."""
 
     def __init__(self, layer_ids: tuple[int, ...], last: int | None = None):
         """Keep the last `last` tokens of a pass, by default all."""
-        self._names = [f"layer_out.{i}" for i in layer_ids]
-        self._last = last
-        self._seen: dict[str, Tensor] = {}
+        self._layer_ids, self._last = layer_ids, last
+        self._seen: dict[int, Tensor] = {}
+
+    def see(self, layer: int, value: Tensor) -> None:
+        """Called behind every layer with its output [T, hidden]."""
+        if layer in self._layer_ids:
+            self._seen[layer] = value if self._last is None else value[-self._last :]
 
     def observe(self, name: str, value: Tensor) -> None:
-        """Called by the layers."""
-        if name in self._names:
-            # Copied: a layer's output is added to in place where image features come in behind it.
-            self._seen[name] = (value if self._last is None else value[-self._last :]).clone()
+        """`see` for passes that report as `run_layers` does."""
+        if name.startswith("layer_out."):
+            # Copied: there the output is added to in place where image features come in behind it.
+            self.see(int(name.removeprefix("layer_out.")), value.clone())
 
     def states(self) -> Tensor:
         """Layers side by side in the order of their ids, [tokens, layers * hidden]."""
-        return torch.cat([self._seen[name] for name in self._names], dim=-1)
+        return torch.cat([self._seen[layer] for layer in self._layer_ids], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -59,12 +80,22 @@ class DraftRule:
 
 
 @dataclass(frozen=True)
+class Script:
+    """Texts to take in place of what the model says, for benchmarks: every pass is computed, then overruled."""
+
+    #: int64 [rows, steps], on the model's device.
+    tokens: Tensor
+    #: Tokens that every block gains, 1 to the block size.
+    gain: int
+
+
+@dataclass(frozen=True)
 class Speculated:
     """Texts and how fast they came."""
 
     text: Generated
-    #: Row that each slot behind the prefix belongs to, int64 [used - prefix].
-    owners: Tensor
+    #: Slots that each text has taken, from the start of its stretch.
+    slots: tuple[int, ...]
     #: Passes of the model over blocks of all rows.
     rounds: int
     #: Blocks of single rows that were looked at; a row that has ended is carried along unlooked.
@@ -78,114 +109,254 @@ class Speculated:
 
 
 def slots_needed(rows: int, settings: SamplingSettings, block_size: int) -> int:
-    """Cache slots that `decode` may touch behind the prefix."""
+    """Cache slots that a decoder may touch behind the prefix."""
     return rows * (settings.max_length + block_size)
 
 
-def decode(
-    model: Alpamayo,
-    context: Context,
-    logits: Tensor,
-    states: Tensor,
-    rows: int,
-    draft: DraftRule,
-    settings: SamplingSettings,
-    rule: StopRule,
-    generator: torch.Generator | None = None,
-) -> Speculated:
-    """Generate texts from one prefix, a block of each per pass.
+class TextDecoder:
+    """Generates texts from one prefix, a block of each per pass; without a drafter a block is one token.
 
-    While texts grow, each has a stretch of the cache for itself; shapes stay the same from pass to pass, a text that
-    has ended is carried along. In the end texts lie behind each other, and the cache ends behind the last. A row's
-    slots are those that `inference.decode` fills: up to and including the stop token, without the last token where
-    the length limit or the end of turn cut the text.
-
-    Args:
-        model: The target.
-        context: The prompt; its cache is extended in place.
-        logits: Of the first token, float32 [1, vocabulary].
-        states: Of `Taps` for the last `context_length` tokens of the prompt.
-        rows: Texts to generate.
-        draft: The drafter.
-        settings: How tokens are drawn.
-        rule: When a text ends.
-        generator: Source of randomness on the model's device.
+    Each text has a stretch of the cache for itself, behind the prefix. Shapes are the same from pass to pass, and a
+    text that has ended is carried along, so a pass is one graph; the host learns its tokens with one read-back and
+    decides whether another follows. In the end the slots of a text are those that `inference.decode` fills: up to and
+    including the stop token, without the last token where the length limit or the end of turn cut the text.
     """
-    cache, prefix, size, device = context.cache, context.prefix, draft.block_size, logits.device
-    stretch = settings.max_length + size
-    cache.require(prefix + rows * stretch)
-    # A masked slot still enters attention, with weight 0: it must hold a number.
-    for tensor in (cache.keys, cache.values):
-        tensor[:, :, prefix : prefix + rows * stretch].zero_()
-    forbidden = forbidden_bias(model, rule)
-    window = torch.arange(draft.context_length, device=device)
-    states = states.expand(rows, -1, -1)
-    known = sample((logits if forbidden is None else logits + forbidden).expand(rows, -1), settings, generator)
-    texts = [[token] for token in known.tolist()]
-    used = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of each text that are in the cache
-    rounds = blocks = 0
-    while running := [row for row in range(rows) if _ended(texts[row], settings.max_length, rule) is None]:
-        block = torch.cat((known[:, None], draft.propose(known, states)), dim=1)
-        if draft.closing is not None and rule.stop is not None:
-            block[:, 1:] = torch.where(block[:, :-1] == draft.closing, rule.stop, block[:, 1:])
-        hidden, new = run_blocks(model, context, block, used, stretch, draft.layer_ids)
+
+    def __init__(
+        self,
+        model: Alpamayo,
+        cache: KVCache,
+        rows: int,
+        settings: SamplingSettings,
+        rule: StopRule,
+        draft: DraftRule | None = None,
+        graphs: Graphs | None = None,
+        script: Script | None = None,
+        stretch: int | None = None,
+    ):
+        """Prepare for texts in a cache.
+
+        Args:
+            model: The target.
+            cache: Holds the prompts; has `slots_needed` behind the longest.
+            rows: Texts to generate at once.
+            settings: How tokens are drawn.
+            rule: When a text ends.
+            draft: The drafter, if there is one.
+            graphs: Of this decoder's cache; by default nothing is captured.
+            script: For benchmarks.
+            stretch: Slots per text; by default as many as `decode` may touch.
+        """
+        self.model, self.cache, self.rows = model, cache, rows
+        self.settings, self.rule, self.draft, self.script = settings, rule, draft, script
+        self.graphs = graphs or Graphs(model.device, enabled=False)
+        self.size = 1 if draft is None else draft.block_size
+        self.stretch = stretch or settings.max_length + self.size
+        device, vocabulary = model.device, model.config.tokens.vocab_size
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        #: Slots of the prefix, and position of the first generated token: int64 [1].
+        self.prefix, self._position = numbers(1), numbers(1)
+        # Of each text: the last token, which is not in the cache yet, and the number of tokens that are.
+        self._known, self._used = numbers(rows), numbers(rows)
+        # What a round gives the host: the known token, the model's own ones, and how many guesses were right.
+        self._drawn = numbers(rows, self.size + 2)
+        self._read_back = ReadBack(self._drawn)
+        # Of the last pass: a token per text and its place in the text.
+        self._tail = numbers(2, rows)
+        self._repeated = numbers(rows, self.stretch)
+        self._states: Tensor | None = None
+        if draft is not None:
+            width = len(draft.layer_ids) * model.config.text.hidden_size
+            self._states = torch.zeros(rows, draft.context_length, width, device=device, dtype=model.dtype)
+        # Filled by a generator before every pass, so that what is drawn does not depend on graphs.
+        self._noise: Tensor | None = None
+        if not settings.greedy:
+            self._noise = torch.ones(rows * self.size, vocabulary, device=device)
+        self._row = torch.arange(rows, device=device)
+        self._step = torch.arange(self.size, device=device)
+        self._window = torch.arange(0 if draft is None else draft.context_length, device=device)
+
+    def decode(
+        self, context: Context, logits: Tensor, states: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Speculated:
+        """Generate texts.
+
+        Args:
+            context: The prompt, in this decoder's cache.
+            logits: Of the first token, float32 [1, vocabulary]. Later calls give the same tensor where graphs run.
+            states: Of `Taps` for the last `context_length` tokens of the prompt; the same holds.
+            generator: Source of randomness on the model's device.
+        """
+        self.cache.require(context.prefix + self.rows * self.stretch)
+        self.prefix.fill_(context.prefix)
+        self._position.fill_(context.prefix + context.rope_delta)
+        self._draw_noise(self.rows, generator)
+        self.graphs.run((self, "first token"), lambda: self._first(logits, states))
+        texts: list[list[int]] = [[] for _ in range(self.rows)]
+        running = list(range(self.rows))
+        rounds = blocks = 0
+        while running:
+            self._draw_noise(self.rows * self.size, generator)
+            self.graphs.run((self, "round"), self._round)
+            self._read_back.start(self._drawn)
+            drawn = self._read_back.wait().tolist()
+            if not rounds:
+                texts = [[row[0]] for row in drawn]
+                running = self._running(texts)
+            for row in running:
+                texts[row] += drawn[row][1 : drawn[row][-1] + 2]
+            rounds += 1
+            blocks += len(running)
+            running = self._running(texts)
+        return self._finish(texts, rounds, blocks)
+
+    def stretches(self, context: Context) -> tuple[tuple[int, ...], int]:
+        """First slot of each text behind a prompt, and the first slot behind all texts."""
+        return (
+            tuple(context.prefix + row * self.stretch for row in range(self.rows)),
+            context.prefix + self.rows * self.stretch,
+        )
+
+    def repeat(self, context: Context, text: Generated) -> None:
+        """Put texts that another context generated behind this one, in one pass.
+
+        Args:
+            context: The prompt, in this decoder's cache.
+            text: Of as many rows as this decoder's; tokens on the host.
+        """
+        # Lengths in steps of a block, so that few are captured; what stands behind a text's end is not looked at.
+        steps = min(-(-text.tokens.shape[1] // REPEATED) * REPEATED, self.stretch)
+        tokens = torch.full((self.rows, steps), self.rule.pad)
+        tokens[:, : text.tokens.shape[1]] = text.tokens
+        self.prefix.fill_(context.prefix)
+        self._position.fill_(context.prefix + context.rope_delta)
+        self._repeated[:, :steps].copy_(tokens, non_blocking=True)
+        self.graphs.run((self, "repeat", steps), lambda: self._run_repeated(steps))
+
+    def _run_repeated(self, steps: int) -> None:
+        self._run(self._repeated[:, :steps], torch.zeros_like(self._used), ())
+
+    def _running(self, texts: list[list[int]]) -> list[int]:
+        return [row for row, text in enumerate(texts) if _ended(text, self.settings.max_length, self.rule) is None]
+
+    def _draw_noise(self, draws: int, generator: torch.Generator | None) -> None:
+        if self._noise is not None:
+            self._noise[:draws].exponential_(generator=generator)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The model's own tokens: float32 [n, vocabulary] -> int64 [n]."""
+        noise = None if self._noise is None else self._noise[: len(logits)]
+        return pick(forbid(logits, self.rule), self.settings, noise)
+
+    def _first(self, logits: Tensor, states: Tensor | None) -> None:
+        """Take the first tokens, and forget what was generated before."""
+        self._known.copy_(self._choose(logits.expand(self.rows, -1).clone()))
+        self._used.zero_()
+        if self.script is not None:
+            self._known.copy_(self.script.tokens[:, 0])
+        if self._states is not None:
+            assert states is not None
+            self._states.copy_(states)
+
+    def _round(self) -> None:
+        """Guess a block of each text, let the model check it, and keep what is right and one token more."""
+        known, rule, draft = self._known.clone(), self.rule, self.draft
+        block = known[:, None]
+        if draft is not None:
+            assert self._states is not None
+            block = self._scripted_guesses(torch.cat((block, draft.propose(known, self._states)), dim=1))
+            if draft.closing is not None and rule.stop is not None:
+                block[:, 1:] = torch.where(block[:, :-1] == draft.closing, rule.stop, block[:, 1:])
+        hidden, new = self._run(block, self._used, () if draft is None else draft.layer_ids)
         # The model's own token behind each token of a block, given that the block is right so far.
-        own_logits = model.language.logits(hidden)
-        own = sample(own_logits if forbidden is None else own_logits + forbidden, settings, generator).view(rows, size)
+        own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, self.size)
+        own = self._scripted(own, 1)
         accepted = (own[:, :-1] == block[:, 1:]).cumprod(dim=1).sum(dim=1)
-        last = (window + accepted[:, None] + 1)[..., None].expand(-1, -1, states.shape[-1])
-        states = torch.cat((states, new), dim=1).gather(1, last)
-        known = own.gather(1, accepted[:, None])[:, 0]
+        if self._states is not None:
+            last = (self._window + accepted[:, None] + 1)[..., None].expand(-1, -1, new.shape[-1])
+            self._states.copy_(torch.cat((self._states, new), dim=1).gather(1, last))
+        self._known.copy_(own.gather(1, accepted[:, None])[:, 0])
         # Guesses behind are overwritten by the next block. A text that has ended stays within its stretch.
-        used = (used + accepted + 1).clamp(max=settings.max_length - 1)
-        drawn = torch.cat((own, accepted[:, None]), dim=1).tolist()  # the one read-back of a round
-        for row in running:
-            texts[row] += drawn[row][: drawn[row][-1] + 1]
-        rounds += 1
-        blocks += len(running)
-    return _finish(model, context, texts, stretch, settings, rule, rounds, blocks)
+        self._used.copy_((self._used + accepted + 1).clamp(max=self.settings.max_length - 1))
+        self._drawn.copy_(torch.cat((known[:, None], own, accepted[:, None]), dim=1))
 
+    def _scripted(self, tokens: Tensor, ahead: int) -> Tensor:
+        """What the script has in the place of a block of tokens that starts so many places ahead of the cache's end."""
+        if self.script is None:
+            return tokens
+        index = self._used[:, None] + ahead + torch.arange(tokens.shape[1], device=tokens.device)
+        return self.script.tokens.gather(1, index.clamp(max=self.script.tokens.shape[1] - 1))
 
-def _finish(
-    model: Alpamayo,
-    context: Context,
-    texts: list[list[int]],
-    stretch: int,
-    settings: SamplingSettings,
-    rule: StopRule,
-    rounds: int,
-    blocks: int,
-) -> Speculated:
-    """Cut texts at their ends, complete their slots, and lay them behind each other."""
-    cache, prefix, device = context.cache, context.prefix, model.device
-    in_cache = [len(text) - 1 for text in texts]  # all but the model's own last token
-    texts = [text[: _ended(text, settings.max_length, rule)] for text in texts]
-    stopped = [text[-1] == rule.stop for text in texts]
-    slots = [
-        len(text) if stop and len(text) < settings.max_length else len(text) - 1
-        for text, stop in zip(texts, stopped, strict=True)
-    ]
-    if any(have < need for have, need in zip(in_cache, slots, strict=True)):
-        # The stop token came as the model's own behind a block: only it is missing. Other rows go to an unused slot.
-        places = [n - 1 if have < n else stretch - 1 for have, n in zip(in_cache, slots, strict=True)]
-        tail = torch.tensor([text[-1:] for text in texts], device=device)
-        run_blocks(model, context, tail, torch.tensor(places, device=device), stretch, ())
-    rows = range(len(texts))
-    if len(texts) > 1:
-        filled = torch.cat([torch.arange(n) + prefix + row * stretch for row, n in zip(rows, slots, strict=True)])
-        filled = filled.to(device)
-        for tensor in (cache.keys, cache.values):
-            tensor[:, :, prefix : prefix + len(filled)] = tensor[:, :, filled]
-    cache.used = prefix + sum(slots)
-    longest = max(len(t) for t in texts)
-    padded = torch.tensor([t + [rule.pad] * (longest - len(t)) for t in texts], device=device)
-    text = Generated(padded, tuple(len(t) for t in texts), tuple(stopped))
-    owners = torch.tensor([row for row, n in zip(rows, slots, strict=True) for _ in range(n)], device=device)
-    return Speculated(text, owners, rounds, blocks)
+    def _scripted_guesses(self, block: Tensor) -> Tensor:
+        """The script's tokens for as many guesses as are meant to be right, and then one that is wrong."""
+        if self.script is None:
+            return block
+        right = self._step < self.script.gain
+        return torch.where(right, self._scripted(block, 0), self.rule.pad)
+
+    def _run(self, block: Tensor, used: Tensor, layer_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Run a block of tokens of each text, causal within the text.
+
+        Args:
+            block: int64 [rows, block].
+            used: Tokens of each text in front of its block, int64 [rows].
+            layer_ids: Layers to tap.
+
+        Returns:
+            Hidden states behind the final norm [rows * block, hidden], and tapped states [rows, block, context_size].
+        """
+        language, (rows, size) = self.model.language, block.shape
+        index = used[:, None] + torch.arange(size, device=block.device)  # of each token in its text, [rows, block]
+        slots = (self.prefix + self._row[:, None] * self.stretch + index).flatten()
+        visible = block_visibility(self.prefix, used, self.stretch, size)
+        positions = (index.flatten() + self._position).expand(3, -1)
+        taps = Taps(layer_ids)
+        x = embedding(block.flatten(), language.embed_tokens.weight)
+        hidden = run_at_slots(
+            language.layers,
+            language.norm,
+            x,
+            mrope_cos_sin(positions, language.config, x.dtype),
+            slots,
+            self.cache,
+            lambda q, keys, values: attend_visible(q, keys, values, visible),
+            tap=taps.see,
+        )
+        states = taps.states() if layer_ids else hidden[:, :0]
+        return hidden, states.unflatten(0, (rows, size))
+
+    def _run_tail(self) -> None:
+        """Put one more token of each text into the cache."""
+        self._run(self._tail[0][:, None], self._tail[1], ())
+
+    def _finish(self, texts: list[list[int]], rounds: int, blocks: int) -> Speculated:
+        """Cut texts at their ends and complete their slots."""
+        max_length, rule = self.settings.max_length, self.rule
+        # All but the model's own last token; a first one, of which the host learnt late, has been through a round.
+        in_cache = [max(len(text) - 1, 1) for text in texts]
+        texts = [text[: _ended(text, max_length, rule)] for text in texts]
+        stopped = [text[-1] == rule.stop for text in texts]
+        slots = [
+            len(text) if stop and len(text) < max_length else len(text) - 1
+            for text, stop in zip(texts, stopped, strict=True)
+        ]
+        if any(have < need for have, need in zip(in_cache, slots, strict=True)):
+            # The stop token came as the model's own behind a block: only it is missing. Other rows repeat their last.
+            places = [max(n, 1) - 1 for n in slots]
+            last = [text[place] for text, place in zip(texts, places, strict=True)]
+            self._tail.copy_(torch.tensor([last, places]), non_blocking=True)
+            self.graphs.run((self, "tail"), self._run_tail)
+        longest = max(len(t) for t in texts)
+        padded = torch.tensor([t + [rule.pad] * (longest - len(t)) for t in texts])
+        text = Generated(padded, tuple(len(t) for t in texts), tuple(stopped))
+        return Speculated(text, tuple(slots), rounds, blocks)
 
 
 def forbidden_bias(model: Alpamayo, rule: StopRule) -> Tensor | None:
-    """What keeps forbidden tokens from being drawn: added to logits, [vocabulary]."""
+    """What keeps forbidden tokens from being guessed: added to logits, [vocabulary]."""
     if rule.forbidden is None:
         return None
     first, count = rule.forbidden
@@ -194,45 +365,12 @@ def forbidden_bias(model: Alpamayo, rule: StopRule) -> Tensor | None:
     return bias
 
 
-def run_blocks(
-    model: Alpamayo, context: Context, block: Tensor, used: Tensor, stretch: int, layer_ids: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Run a block of tokens of each text, causal within the text.
-
-    Args:
-        model: The target.
-        context: Texts stand in its cache behind the prompt, each in a stretch of its own.
-        block: int64 [rows, block].
-        used: Tokens of each text in front of its block, int64 [rows].
-        stretch: Slots per text.
-        layer_ids: Layers to tap.
-
-    Returns:
-        Hidden states behind the final norm [rows * block, hidden], and tapped states [rows, block, context_size].
-    """
-    prefix, language, (rows, size) = context.prefix, model.language, block.shape
-    device = block.device
-    index = used[:, None] + torch.arange(size, device=device)  # of each token in its text, [rows, block]
-    row = torch.arange(rows, device=device)
-    slots = (prefix + row[:, None] * stretch + index).flatten()
-    behind = torch.arange(rows * stretch, device=device)
-    own = (behind // stretch == row[:, None, None]) & (behind % stretch <= index[..., None])
-    own = own.flatten(0, 1)  # [rows * block, rows * stretch]
-    seen = torch.cat((torch.ones(len(slots), prefix, dtype=torch.bool, device=device), own), dim=1)
-    mask = group_mask(seen, model.config.text.group_size, model.dtype)
-    end = prefix + rows * stretch
-    taps = Taps(layer_ids)
-    hidden = run_at_slots(
-        language,
-        embedding(block.flatten(), language.embed_tokens.weight),
-        (index.flatten() + (prefix + context.rope_delta)).expand(3, -1),
-        slots,
-        context.cache,
-        lambda q, keys, values: attend(q, keys[:, :end], values[:, :end], mask),
-        observe=taps.observe if layer_ids else None,
-    )
-    states = taps.states() if layer_ids else hidden[:, :0]
-    return language.norm(hidden), states.unflatten(0, (rows, size))
+def forbid(logits: Tensor, rule: StopRule) -> Tensor:
+    """Keep forbidden tokens from being drawn: logits [n, vocabulary] are changed in place."""
+    if rule.forbidden is not None:
+        first, count = rule.forbidden
+        logits[:, first : first + count] = -torch.inf
+    return logits
 
 
 def _ended(tokens: list[int], max_length: int, rule: StopRule) -> int | None:

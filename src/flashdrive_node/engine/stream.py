@@ -10,7 +10,7 @@ older window; only image tokens are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,17 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flashdrive_node.engine.slot_pass import run_at_slots
-from flashdrive_node.engine.window_plan import Mode, RowPlan, WindowPlan, match_frames, plan_window
-from flashdrive_node.model import inference
+from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.ageing import age
+from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.rotary import KeptKeys
+from flashdrive_node.engine.kernels.visibility import up_to
+from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
+from flashdrive_node.engine.speculative import Tapped, Taps
+from flashdrive_node.engine.window_plan import Mode, WindowPlan, match_frames, plan_window
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.attention import attend, attend_causal, group_mask
-from flashdrive_node.model.decoder import Observe
+from flashdrive_node.model.attention import attend_causal
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.prompt import MAX_NAV_TOKENS, Prompt
-from flashdrive_node.model.rope import mrope_cos_sin, rotate
+from flashdrive_node.model.rope import mrope_cos_sin
 from flashdrive_node.model.vision import VisionFeatures
 
 
@@ -56,11 +60,28 @@ class Stream:
     ``reset``. Buffers are allocated for the first window, and again only for one that needs more room.
     """
 
-    def __init__(self, model: Alpamayo, settings: StreamSettings, room: int):
-        """`room` is the number of cache slots behind the prompt, for texts and waypoints."""
+    def __init__(
+        self,
+        model: Alpamayo,
+        settings: StreamSettings,
+        room: int,
+        graphs: Graphs | None = None,
+        tapped: Tapped | None = None,
+    ):
+        """Make a stream that has seen nothing.
+
+        Args:
+            model: The network; streams share it.
+            settings: What is kept.
+            room: Cache slots behind the prompt, for texts and waypoints.
+            graphs: Of this stream alone; by default nothing is captured.
+            tapped: What is kept of the prompt's last tokens for a drafter.
+        """
         self.model = model
         self.settings = settings
         self.room = room
+        self.graphs = graphs or Graphs(model.device, enabled=False)
+        self.tapped = tapped or Tapped((), 1)
         self.cache: KVCache | None = None
         #: Windows since the last reset.
         self.windows = 0
@@ -68,14 +89,25 @@ class Stream:
         # [layers, kv_heads, tokens, head_dim].
         self._features: Tensor | None = None
         self._keys: Tensor | None = None
+        # Where a prefill finds its input and leaves its output: ids [slots], logits [1, vocabulary].
+        self._ids: Tensor | None = None
+        self._logits: Tensor | None = None
+        #: Of `tapped`, for the last window: [tokens, layers * hidden].
+        self.states: Tensor | None = None
+        # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
+        self._placed: dict[Hashable, tuple[WindowPlan, WindowPlan]] = {}
         # Layout and stamps of the last window, or None where nothing may be kept.
-        self._images: tuple[object, ...] = ()
+        self._prompt: Prompt | None = None
         self._stamps: tuple[tuple[int, ...], ...] | None = None
+        # The plan that frames have been aged for.
+        self._aged: WindowPlan | None = None
+        # Leading cameras that have been brought to the coming window already.
+        self._ahead = 0
 
     def reset(self) -> None:
         """Forget all windows; buffers stay."""
-        self._stamps = None
-        self.windows = 0
+        self._stamps = self._aged = None
+        self._ahead = self.windows = 0
 
     def plan(self, prompt: Prompt, stamps: Sequence[Sequence[int]]) -> WindowPlan:
         """What the next window takes.
@@ -92,15 +124,67 @@ class Stream:
                 f"stamps of {len(prompt.camera_indices)} camera(s) x {prompt.frames_per_camera} frame(s) are required, "
                 f"found {[len(s) for s in stamps]}"
             )
-        old = self._stamps if self._images == prompt.images else None
+        old = self._stamps if self._prompt is not None and self._prompt.images == prompt.images else None
         sources = match_frames(old, stamps)
+        done = 0
+        while old is not None and done < self._ahead and old[done] == tuple(stamps[done]):
+            done += 1
         s, cameras = self.settings, len(stamps)
         refreshed: tuple[int, ...] = ()
         if s.refresh_every and self.windows % s.refresh_every == 0:
             refreshed = tuple(range(cameras))
         elif s.refresh_views:
             refreshed = (self.windows % cameras,)
-        return plan_window(prompt, sources, s.mode, refreshed, self.model.device)
+        span = (min((done, *refreshed)), None)
+        return plan_window(prompt, sources, s.mode, refreshed, self.model.device, span)
+
+    @property
+    def next_camera(self) -> int | None:
+        """Index of the camera that `advance` would take, or None before the first window."""
+        if self._stamps is None or self._prompt is None or self._ahead == len(self._stamps):
+            return None
+        return self._prompt.camera_indices[self._ahead]
+
+    def advance(self, camera_index: int, stamp_ns: int, features: VisionFeatures) -> bool:
+        """Bring one camera to the coming window, while the others' frames are still to come.
+
+        A camera sees those in front of it, so cameras come in their order; the last is left to `prefill`, which has the
+        window's text to compute anyway. What is computed here is what `prefill` would compute.
+
+        Args:
+            camera_index: The `next_camera`.
+            stamp_ns: Of the frame that it will have as its newest.
+            features: Of that frame.
+
+        Returns:
+            False where nothing was done, because the frame is no newer one or the mode keeps no keys and values.
+        """
+        stamps, prompt, camera = self._stamps, self._prompt, self._ahead
+        if stamps is None or prompt is None or camera_index != self.next_camera:
+            raise ValueError(f"camera {self.next_camera} is required, found {camera_index}")
+        if self.settings.mode != "kv" or camera + 1 == len(stamps) or stamp_ns <= stamps[camera][-1]:
+            return False
+        still: tuple[int | None, ...] = tuple(range(prompt.frames_per_camera))
+        sources = tuple((*still[1:], None) if i == camera else still for i in range(len(stamps)))
+        plan = plan_window(prompt, sources, "kv", (), self.model.device, (camera, camera + 1))
+        self._stamps = None
+        self._run(plan, features)
+        self._stamps = (*stamps[:camera], (*stamps[camera][1:], stamp_ns), *stamps[camera + 1 :])
+        self._ahead = camera + 1
+        return True
+
+    def age(self, plan: WindowPlan) -> None:
+        """Make room for a window's new frames, ahead of `prefill`: nothing of it waits for them.
+
+        Args:
+            plan: Of `plan`, for the window that `prefill` comes with next.
+        """
+        self._stamps = None
+        self._room_for(plan)
+        if len(plan.moves.target):
+            placed = self._place(plan)
+            self.graphs.run((self, "age", plan.structure), lambda: self._age(placed))
+        self._aged = plan
 
     def prefill(
         self,
@@ -108,7 +192,6 @@ class Stream:
         ids: Tensor,
         stamps: Sequence[Sequence[int]],
         features: VisionFeatures | None,
-        observe: Observe | None = None,
     ) -> tuple[Context, Tensor]:
         """Bring the stream to the window.
 
@@ -117,39 +200,68 @@ class Stream:
             ids: The prompt's ids with history filled in, on the model's device, int64 [T].
             stamps: As in `plan`.
             features: Of the images that the plan names, in order; None where it names none.
-            observe: See `run_layers`; layer outputs are of the computed tokens, the prompt's last ones at the end.
 
         Returns:
-            The context and the logits of the first generated token, float32 [1, vocabulary].
+            The context, and the logits of the first generated token, float32 [1, vocabulary], in the same tensor as
+            ever.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
+        self._ahead = 0
         cache = self._room_for(plan)
-        self._move(plan, cache)
-        everything = self._take_features(plan, features)
-
-        def keep_keys(name: str, value: Tensor) -> None:
-            if self._keys is not None and name.startswith("k_pre_rope."):
-                layer = int(name.removeprefix("k_pre_rope."))
-                rows, tokens = plan.image_index, slice(0, len(plan.image_index))
-                if plan.rows is not None:
-                    rows, tokens = plan.rows.image_rows, plan.rows.image_tokens  # type: ignore[assignment]
-                self._keys[layer][:, tokens] = value.index_select(0, rows).transpose(0, 1)
-            if observe is not None:
-                observe(name, value)
-
-        seen = keep_keys if self._keys is not None else observe
-        prompt = plan.prompt
-        if plan.rows is None:
-            context, logits = inference.prefill(
-                self.model, ids, plan.positions, prompt.rope_delta, cache, everything, plan.image_index, seen
-            )
-        else:
-            last = run_rows(self.model, plan, plan.rows, ids, cache, everything, seen)
-            cache.used = len(ids)
-            context, logits = Context(cache, len(ids), prompt.rope_delta), self.model.language.logits(last)
-        self._images, self._stamps = prompt.images, tuple(tuple(s) for s in stamps)
+        assert self._ids is not None
+        assert self._logits is not None
+        self._ids[: len(ids)].copy_(ids, non_blocking=True)
+        self._run(plan, features)
+        cache.used = len(ids)
+        self._prompt, self._stamps = plan.prompt, tuple(tuple(s) for s in stamps)
         self.windows += 1
-        return context, logits
+        return Context(cache, len(ids), plan.prompt.rope_delta), self._logits
+
+    def _run(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
+        """Carry a plan out."""
+        if self._aged is not plan:
+            self.age(plan)
+        self._aged = None
+        self._take_features(plan, features)
+        placed = self._place(plan)
+        self.graphs.run((self, "rows", plan.structure), lambda: self._compute(placed))
+
+    def _place(self, plan: WindowPlan) -> WindowPlan:
+        """The plan in tensors that are the same ones for all plans of its structure, as a graph needs it."""
+        if not self.graphs.enabled:
+            return plan
+        structure = plan.structure
+        if structure not in self._placed:
+            self._placed[structure] = plan.clone(), plan
+        placed, filled_from = self._placed[structure]
+        if filled_from is not plan:
+            for target, source in zip(placed.tensors, plan.tensors, strict=True):
+                target.copy_(source)
+            self._placed[structure] = placed, plan
+        return placed
+
+    def _compute(self, plan: WindowPlan) -> None:
+        """Run the plan's tokens."""
+        cache, keys, rows = self.cache, self._keys, plan.rows
+        assert cache is not None
+        assert self._ids is not None
+        assert self._features is not None
+        assert self._logits is not None
+        taps = Taps(*self.tapped)
+        embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
+        last = run_rows(
+            self.model,
+            plan,
+            self._ids[: plan.positions.shape[1]],
+            cache,
+            VisionFeatures(embeds, deepstack),
+            None if keys is None else lambda layer: KeptKeys(keys[layer], rows.places),
+            taps,
+        )
+        if rows.last:
+            self._logits.copy_(next_logits(self.model.language, last))
+            if self.states is not None:
+                self.states.copy_(taps.states())
 
     def _room_for(self, plan: WindowPlan) -> KVCache:
         prompt, tokens = plan.prompt, len(plan.image_index)
@@ -157,91 +269,107 @@ class Stream:
         if self.model.config.supports_navigation:  # text may come, go and grow without a larger cache
             nav = prompt.nav_span
             needed += MAX_NAV_TOKENS + 2 - (nav[1] - nav[0] if nav else 0)
-        c, device, dtype = self.model.config.text, self.model.device, self.model.dtype
-        if self.cache is None or self.cache.slots < needed:
-            self.cache = None  # freed before the larger one is allocated
-            self.cache = KVCache(c, needed, device, dtype)
-        if self.settings.mode != "full" and (self._features is None or self._features.shape[1] < tokens):
-            levels = 1 + len(self.model.vision.deepstack_mergers)
-            self._features = torch.empty(levels, tokens, c.hidden_size, device=device, dtype=dtype)
-        if self.settings.mode == "kv" and (self._keys is None or self._keys.shape[2] < tokens):
-            shape = (c.num_layers, c.num_kv_heads, tokens, c.head_dim)
-            self._keys = torch.empty(shape, device=device, dtype=dtype)
+        if (
+            self.cache is None
+            or self.cache.slots < needed
+            or self._features is None
+            or self._features.shape[1] < tokens
+        ):
+            self._allocate(needed, tokens)
+        assert self.cache is not None
         return self.cache
 
-    def _move(self, plan: WindowPlan, cache: KVCache) -> None:
-        """Put what is kept of frames that became older into its new place."""
-        if not len(plan.move_to):
-            return
-        if self._features is not None:
-            self._features[:, plan.move_to] = self._features[:, plan.move_from]
-        if self._keys is None:
-            return
-        keys = self._keys[:, :, plan.move_from]
-        self._keys[:, :, plan.move_to] = keys
-        source, target = plan.image_index[plan.move_from], plan.image_index[plan.move_to]
-        cos, sin = mrope_cos_sin(plan.positions[:, target], self.model.config.text, keys.dtype)
-        layers, heads = keys.shape[:2]
-        turned = rotate(keys.permute(2, 0, 1, 3).flatten(1, 2), cos, sin)  # all layers at once
-        cache.keys[:, :, target] = turned.unflatten(1, (layers, heads)).permute(1, 2, 0, 3)
-        cache.values[:, :, target] = cache.values[:, :, source]
+    def _allocate(self, slots: int, tokens: int) -> None:
+        """Buffers for so many cache slots and image tokens, and none smaller than they were."""
+        c, device, dtype = self.model.config.text, self.model.device, self.model.dtype
+        if self.cache is not None and self._features is not None:
+            slots, tokens = max(slots, self.cache.slots), max(tokens, self._features.shape[1])
+        self.graphs.clear()
+        self._placed.clear()
+        self.cache = self._features = self._keys = None  # freed before the larger ones are allocated
+        self.cache = KVCache(c, slots, device, dtype)
+        levels = 1 + len(self.model.vision.deepstack_mergers)
+        self._features = torch.empty(levels, tokens, c.hidden_size, device=device, dtype=dtype)
+        if self.settings.mode == "kv":
+            # One place more, for rows that hold no image token.
+            shape = (c.num_layers, c.num_kv_heads, tokens + 1, c.head_dim)
+            self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._ids = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device)
+        if self.tapped.layer_ids:
+            width = len(self.tapped.layer_ids) * c.hidden_size
+            self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
 
-    def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> VisionFeatures:
-        """Features of all images, with the new ones among them."""
-        if self._features is None:
-            assert features is not None
-            return features
+    def _age(self, plan: WindowPlan) -> None:
+        """Put what is kept of frames that became older into its new place."""
+        cache, features, moves = self.cache, self._features, plan.moves
+        assert cache is not None
+        assert features is not None
+        features[:, moves.target] = features[:, moves.source]
+        if self._keys is not None:
+            config = self.model.config.text
+            target = plan.positions[:, plan.image_index[moves.target]]
+            rotation = mrope_cos_sin(target, config, self._keys.dtype)
+            age(self._keys, cache.keys, cache.values, plan.image_index, moves, rotation)
+
+    def _take_features(self, plan: WindowPlan, features: VisionFeatures | None) -> None:
+        """Put the features of new images among those that are kept."""
+        assert self._features is not None
         if features is not None:
             for level, new in enumerate((features.embeds, *features.deepstack)):
                 self._features[level].index_copy_(0, plan.encode_tokens, new)
-        embeds, *deepstack = self._features[:, : len(plan.image_index)].unbind()
-        return VisionFeatures(embeds, deepstack)
 
 
 def run_rows(
     model: Alpamayo,
     plan: WindowPlan,
-    rows: RowPlan,
     ids: Tensor,
     cache: KVCache,
     features: VisionFeatures,
-    observe: Observe | None = None,
+    kept: Callable[[int], KeptKeys] | None = None,
+    taps: Taps | None = None,
 ) -> Tensor:
     """Compute some tokens of a prompt, while the cache holds the others.
 
     Args:
         model: The network.
-        plan: The window.
-        rows: The tokens.
+        plan: The window, and which of its tokens.
         ids: Of the whole prompt, int64 [T].
-        cache: Slots of the prompt, of which those of `rows` are written.
+        cache: Slots of the prompt, of which those of the plan's rows are written.
         features: Of all images.
-        observe: As in `run_layers`, of the computed tokens.
+        kept: See `run_at_slots`.
+        taps: Shown the outputs of the layers.
 
     Returns:
-        Hidden state of the prompt's last token behind the final norm, [1, hidden].
+        Hidden state of the last one of them behind the final norm, [1, hidden].
     """
-    language, config = model.language, model.config.text
+    language, config, rows = model.language, model.config.text, plan.rows
     x = embedding(ids[rows.slots], language.embed_tokens.weight)
     x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
-    mask = group_mask(rows.text_mask, config.group_size, x.dtype)
-    seen = rows.text_mask.shape[1]
+    # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
+    visible = None if rows.whole else up_to(rows.slots + 1)
 
     def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        attended = torch.empty(len(q), config.q_size, device=q.device, dtype=q.dtype)
-        for run in rows.runs:
-            own = slice(run.first, run.end)
-            attended[own] = attend_causal(q[own], keys[:, : run.slots], values[:, : run.slots])
-        if seen:
-            texts = attend(q[rows.text_rows], keys[:, :seen], values[:, :seen], mask)
-            attended.index_copy_(0, rows.text_rows, texts)
-        return attended
+        if visible is None:
+            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
+        return attend_visible(q, keys, values, visible)
 
-    def deepstack(layer: int, hidden: Tensor) -> Tensor:
+    def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
         if layer >= len(features.deepstack):
-            return hidden
-        return hidden.index_add_(0, rows.image_rows, features.deepstack[layer][rows.image_tokens])
+            return None
+        return rows.image_rows, features.deepstack[layer][rows.image_tokens]
 
-    positions = plan.positions[:, rows.slots]
-    x = run_at_slots(language, x, positions, rows.slots, cache, attention, deepstack, observe)
-    return language.norm(x[-1:])
+    rotation = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
+    hidden = run_at_slots(
+        language.layers,
+        language.norm,
+        x,
+        rotation,
+        rows.slots,
+        cache,
+        attention,
+        kept,
+        None if taps is None else taps.see,
+        deepstack,
+    )
+    return hidden[-1:]

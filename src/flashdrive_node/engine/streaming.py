@@ -1,52 +1,86 @@
 """The streaming engine: windows that share frames, guessed text, and flow steps that are left out, each by a setting.
 
 What it carries from window to window is a `Stream`, advanced by the stamps of the frames: one new frame per camera or
-several, none, or a gap are all the same to it.
+several, none, or a gap are all the same to it. On a GPU every stage is a captured graph.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
-from flashdrive_node.engine.drafter import Drafter, load_drafter
-from flashdrive_node.engine.flow_schedule import integrate
-from flashdrive_node.engine.plain import PlainEngine, Reasoning, ego_history
-from flashdrive_node.engine.protocol import EngineError, EngineInfo, Observation, Prediction, Progress
+from flashdrive_node.engine.drafter import Drafter, load_drafter, read_draft_vocabulary
+from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
+from flashdrive_node.engine.flow_schedule import FlowSchedule
+from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.guidance import UnguidedContext
+from flashdrive_node.engine.image_encoder import ImageEncoder
+from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
+from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.speculative import DraftRule, Taps
+from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, Tapped, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
+from flashdrive_node.engine.vision_pass import copied, joined, split
 from flashdrive_node.engine.window_plan import plan_window
-from flashdrive_node.model import inference
 from flashdrive_node.model.errors import InputError, ModelError
-from flashdrive_node.model.flow_matching import Velocity
 from flashdrive_node.model.history_tokens import encode_history
-from flashdrive_node.model.images import preprocess, target_size
+from flashdrive_node.model.images import target_size
 from flashdrive_node.model.inference import Context, Generated
+from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history
 from flashdrive_node.model.vision import VisionFeatures
 
 
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """What works on one cache behind the prefill."""
+
+    cache: KVCache
+    script: Tensor | None
+    decoder: TextDecoder
+    waypoints: WaypointContext
+    flow: FlowPass
+    #: Where navigation guidance is wanted.
+    unguided: UnguidedContext | None
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A frame and its features."""
+
+    stamp_ns: int
+    features: VisionFeatures
+
+
 class StreamingEngine(PlainEngine):
     """Engine protocol over a stream of windows."""
 
-    #: The first window computes everything, the second what a new frame per camera takes.
-    warm_up_windows = 2
+    #: The first window computes everything, the others what a new frame per camera takes. A stage is captured the
+    #: second time that it runs, and the third shows it at work.
+    warm_up_windows = 4
 
     def __init__(self, settings: StreamingSettings, loaded: LoadedModel | None = None, drafter: Drafter | None = None):
         """`loaded` and `drafter` are networks to use in place of the settings' files."""
         super().__init__(settings, loaded)
         self.settings: StreamingSettings = settings
         self.drafter = drafter
+        #: Tokens that a block gains where the text is scripted.
+        self.scripted_gain = 1
+        self.graphs: Graphs | None = None
         self.stream: Stream | None = None
-        self._states: Tensor | None = None
-        self._table: Tensor | None = None
+        self.encoder: ImageEncoder | None = None
+        self._stages: Stages | None = None
+        self._said: Speculated | None = None
         self._figures: dict[str, float] = {}
+        #: By camera index: its frame of the coming window, if that came ahead and is not in the stream yet.
+        self._waiting: dict[int, Encoded] = {}
 
     def load(self, progress: Progress | None = None) -> EngineInfo:
         """Read the checkpoint, and the drafter if there is one, onto the device."""
@@ -55,44 +89,126 @@ class StreamingEngine(PlainEngine):
         try:
             if s.drafter is not None and self.drafter is None:
                 self.drafter = load_drafter(s.drafter, model.config, model.device, model.dtype)
+                if (ids := read_draft_vocabulary(s.drafter)) is not None:
+                    self.drafter.restrict(model.language, ids)
         except (ModelError, OSError, RuntimeError) as error:
             raise EngineError(f"drafter {s.drafter} cannot be loaded: {error}") from error
         name = f"streaming ({s.stream.mode}) {model.config.model_type}"
         return replace(info, name=name + (", drafted" if self.drafter is not None else ""))
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Grey windows through every stage; on a GPU the stages are captured meanwhile."""
+        super().warm_up(progress)
+        if self.graphs is not None and progress:
+            captures, seconds = self.graphs.captures, self.graphs.capture_s
+            progress(1.0, f"warm, {captures} stages captured in {seconds:.1f} s" if captures else "warm")
 
     def step(self, observation: Observation) -> Prediction:
         """Answer one observation; what it has in common with the last one is not computed again."""
         try:
             return super().step(observation)
         except BaseException:
-            if self.stream is not None:
-                self.stream.reset()
+            self._forget()
+            raise
+
+    @torch.inference_mode()
+    def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> None:
+        """Take a camera's frame of the coming window as soon as it is there, so that `step` finds the work done.
+
+        The frame is encoded at once. The language model takes it in as soon as the cameras in front of it have theirs,
+        but for the last camera's, which goes with the text. A window that comes without the frame is answered all the
+        same: the frame is then one of an older window. Nothing is waited for.
+
+        Args:
+            camera_index: As in `CameraFrames`.
+            stamp_ns: Of the frame.
+            image: RGB, uint8 [height, width, 3].
+
+        Raises:
+            EngineError: The frame cannot be used. The engine is reset and usable.
+        """
+        stream, encoder = self._streaming()
+        try:
+            features = encoder.encode(encoder.upload([[image]]))
+            # Copied: the next frame's go to the same place.
+            self._waiting[camera_index] = Encoded(stamp_ns, copied(features))
+            while stream.next_camera in self._waiting:
+                camera = stream.next_camera
+                taken = self._waiting[camera]
+                if not stream.advance(camera, taken.stamp_ns, taken.features):
+                    break
+                del self._waiting[camera]
+        except ModelError as error:
+            self._forget()
+            raise EngineError(f"frame of camera {camera_index} at {stamp_ns} ns: {error}") from error
+        except BaseException:
+            self._forget()
             raise
 
     def reset(self, reason: str) -> None:
         """Forget all windows, and start the sequence of random seeds again; nothing is allocated anew."""
         super().reset(reason)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting.clear()
         if self.stream is not None:
             self.stream.reset()
 
     def close(self) -> None:
         """Free the weights and the stream."""
-        self.stream = self.drafter = self._states = self._table = None
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.graphs = self.stream = self.encoder = self.drafter = self._stages = None
         plan_window.cache_clear()  # plans hold index tensors on the device
         super().close()
 
-    def _stream(self) -> Stream:
-        if self.stream is None:
-            s, model = self.settings, self._model()
-            block = 0 if self.drafter is None else self.drafter.config.block_size
-            room = speculative.slots_needed(s.samples, s.sampling, block)
+    def _streaming(self) -> tuple[Stream, ImageEncoder]:
+        """The stream and what feeds it, made for the first window."""
+        if self.stream is None or self.encoder is None:
+            s, model, tapped, block = self.settings, self._model(), None, 1
+            if self.drafter is not None:
+                config = self.drafter.config
+                block, tapped = config.block_size, Tapped(config.target_layer_ids, config.context_length)
+            room = speculative.slots_needed(self._rows, s.sampling, block)
             room += s.samples * model.config.action_space.n_waypoints
-            self.stream = Stream(model, s.stream, room)
-        return self.stream
+            self.graphs = Graphs(model.device, s.graphs)
+            self.stream = Stream(model, s.stream, room, self.graphs, tapped)
+            self.encoder = ImageEncoder(model, self.graphs)
+        return self.stream, self.encoder
+
+    @property
+    def _rows(self) -> int:
+        """Texts of a window."""
+        return 1 if self.settings.shared_text else self.settings.samples
+
+    def _stages_on(self, cache: KVCache) -> Stages:
+        """The stages behind the prefill; made anew where the stream has another cache, or the script has changed."""
+        stages, script = self._stages, self.script
+        if stages is not None and stages.cache is cache and stages.script is script:
+            return stages
+        s, model, graphs = self.settings, self._model(), self.graphs
+        draft = None if self.drafter is None else self._draft_rule(self.drafter)
+        decoder = TextDecoder(
+            model,
+            cache,
+            self._rows,
+            s.sampling,
+            self._stop_rule(),
+            draft,
+            graphs,
+            None if script is None else Script(script[: self._rows], self.scripted_gain),
+        )
+        schedule = s.schedule or FlowSchedule.uniform(s.flow_steps or model.config.flow.num_inference_steps)
+        flow = FlowPass(model, s.samples, schedule.table(model.device), graphs)
+        unguided = None if s.guidance_weight == 1 else UnguidedContext(model, decoder, s.samples)
+        self._stages = Stages(cache, script, decoder, WaypointContext(model, cache, s.samples), flow, unguided)
+        return self._stages
 
     def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:
         assert self.loaded is not None
-        model, stream, cameras = self._model(), self._stream(), observation.cameras
+        model, cameras = self._model(), observation.cameras
+        stream, _ = self._streaming()
         prompt = driving_prompt(
             self.loaded.tokenizer,
             model.config,
@@ -103,26 +219,13 @@ class StreamingEngine(PlainEngine):
         )
         stamps = [camera.stamps_ns for camera in cameras]
         plan = stream.plan(prompt, stamps)
-        frames = prompt.frames_per_camera
-        new = [[c.images[i % frames] for i in plan.encode if i // frames == k] for k, c in enumerate(cameras)]
-        features: VisionFeatures | None = None
+        stream.age(plan)  # while the host copies pictures
+        features = self._features_of(plan.encode, prompt, cameras, timer)
+        self._waiting.clear()
         fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
-        if plan.encode:
-            pixels, grids = preprocess([images for images in new if images], model.config, model.device, model.dtype)
-            timer.lap("images")
-            features = model.vision(pixels, grids)
-            timer.lap("encode")
-        ids = fused.ids.to(model.device, non_blocking=True)
-        taps = None
-        if self.drafter is not None:
-            taps = Taps(self.drafter.config.target_layer_ids, self.drafter.config.context_length)
-        context, logits = stream.prefill(plan, ids, stamps, features, None if taps is None else taps.observe)
-        self._states = None if taps is None else taps.states()
+        context, logits = stream.prefill(plan, fused.ids, stamps, features)
         timer.lap("prefill")
-        self._figures = {
-            "new_images": float(len(plan.encode)),
-            "computed_tokens": float(len(ids) if plan.rows is None else len(plan.rows.slots)),
-        }
+        self._figures = {"new_images": float(len(plan.encode)), "computed_tokens": float(len(plan.rows.slots))}
         return fused, context, logits
 
     def _grids(self, observation: Observation) -> list[tuple[int, int]]:
@@ -140,31 +243,71 @@ class StreamingEngine(PlainEngine):
                 grids.append((h // vision.patch_size, w // vision.patch_size))
         return grids
 
-    def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
-        s, model = self.settings, self._model()
-        rows = 1 if s.shared_text else s.samples
-        owners: Tensor | None = None
-        metrics = self._figures
-        if self.drafter is None or self.script is not None:
-            script = None if self.script is None else self.script[:rows]
-            text = inference.decode(model, context, logits, rows, s.sampling, self._stop_rule(), generator, script)
-        else:
-            assert self._states is not None
-            rule = self._stop_rule()
-            drafted = speculative.decode(
-                model, context, logits, self._states, rows, self._draft_rule(), s.sampling, rule, generator
-            )
-            text, owners = drafted.text, drafted.owners
-            metrics |= {"accept_length": drafted.accept_length, "draft_rounds": float(drafted.rounds)}
-        if s.shared_text and s.samples > 1:
-            owners = torch.full((context.cache.used - context.prefix,), -1, device=model.device)
-            text = Generated(text.tokens.expand(s.samples, -1), text.lengths * s.samples, text.stopped * s.samples)
-        return Reasoning(text, owners, metrics)
+    def _features_of(
+        self, images: tuple[int, ...], prompt: Prompt, cameras: tuple[CameraFrames, ...], timer: StageTimer
+    ) -> VisionFeatures | None:
+        """Features of some of a window's images, by their places; frames that were taken ahead have theirs already."""
+        _, encoder = self._streaming()
+        parts: dict[int, VisionFeatures] = {}
+        rest: list[int] = []
+        frames_of: list[list[NDArray[np.uint8]]] = []
+        for k, camera in enumerate(cameras):
+            waiting = self._waiting.get(camera.camera_index)
+            frames_of.append([])
+            for i in images:
+                if i // prompt.frames_per_camera != k:
+                    continue
+                frame = i % prompt.frames_per_camera
+                if waiting is not None and waiting.stamp_ns == camera.stamps_ns[frame]:
+                    parts[i] = waiting.features
+                else:
+                    frames_of[k].append(camera.images[frame])
+                    rest.append(i)
+        if rest:
+            uploaded = encoder.upload([frames for frames in frames_of if frames])
+            timer.lap("images")
+            features = encoder.encode(uploaded)
+            timer.lap("encode")
+            if not parts:
+                return features
+            parts |= zip(rest, split(features, [prompt.images[i].count for i in rest]), strict=True)
+        return joined([parts[i] for i in images]) if images else None
 
-    def _draft_rule(self) -> DraftRule:
-        assert self.drafter is not None
+    def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
+        s, stream = self.settings, self.stream
+        assert stream is not None
+        self._said = said = self._stages_on(context.cache).decoder.decode(context, logits, stream.states, generator)
+        metrics, text = self._figures, said.text
+        if self.drafter is not None:
+            metrics |= {"accept_length": said.accept_length, "draft_rounds": float(said.rounds)}
+        if s.shared_text:
+            text = Generated(text.tokens.expand(s.samples, -1), text.lengths * s.samples, text.stopped * s.samples)
+        return Reasoning(text, metrics)
+
+    def _act(
+        self, prompt: Prompt, context: Context, thought: Reasoning, departure: Departure, timer: StageTimer
+    ) -> tuple[Tensor, Tensor | None]:
+        s, stages, said = self.settings, self._stages, self._said
+        assert stages is not None
+        assert said is not None
+        first, end = stages.decoder.stretches(context)
+        spans = [(slot, count) for slot, count in zip(first, said.slots, strict=True)]
+        if s.shared_text:
+            spans *= s.samples
+        stages.waypoints.place(context, SampledTexts(tuple(spans), thought.text.lengths, end))
+        without: WaypointContext | None = None
+        if stages.unguided is not None and prompt.nav_span is not None:
+            without = stages.unguided.follow(prompt, context, said.text)
+            timer.lap("guidance")
+        flow = stages.flow
+        flow.start(stages.waypoints, departure.noise, departure.speed, departure.z, without, s.guidance_weight)
+        timer.lap("action")
+        numbers, error = flow.finish()
+        return numbers, error if s.schedule is not None and len(s.schedule.evaluated) > 1 else None
+
+    def _draft_rule(self, drafter: Drafter) -> DraftRule:
         assert self.loaded is not None
-        drafter, language = self.drafter, self.loaded.model.language
+        language = self.loaded.model.language
         forbidden = speculative.forbidden_bias(self.loaded.model, self._stop_rule())
         return DraftRule(
             propose=lambda known, states: drafter.propose(language, known, states, forbidden),
@@ -173,12 +316,3 @@ class StreamingEngine(PlainEngine):
             context_length=drafter.config.context_length,
             closing=self.loaded.tokenizer.id("cot_end"),
         )
-
-    def _flow(self, velocity: Velocity, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-        schedule = self.settings.schedule
-        if schedule is None:
-            return super()._flow(velocity, noise)
-        if self._table is None:
-            self._table = schedule.table(noise.device)
-        flowed = integrate(velocity, noise, self._table)
-        return flowed.action, flowed.error if len(schedule.evaluated) > 1 else None

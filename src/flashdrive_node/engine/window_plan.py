@@ -1,13 +1,13 @@
-"""What a window has in common with the one before: which images stay, which tokens are computed anew, and in what runs.
+"""What a window has in common with the one before: which images stay, and which tokens are computed anew.
 
 In the order of the prompt, which is camera by camera, a token sees all slots in front of it. So tokens that are
-computed while others are kept need no mask but causality: each run of neighbours is the end of a growing sequence.
+computed while others are kept need no mask but causality: each sees the slots up to its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.ageing import Moves, chained
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.prompt import ImageSpan, Prompt
 
@@ -23,30 +24,20 @@ from flashdrive_node.model.prompt import ImageSpan, Prompt
 Mode = Literal["full", "features", "kv"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens that are computed: rows ``first .. end`` of the pass, the last one in slot ``slots - 1``."""
-
-    first: int
-    end: int
-    slots: int
-
-
 @dataclass(frozen=True, eq=False)
 class RowPlan:
-    """Tokens of a prompt that are computed while the others are kept."""
+    """Tokens of a prompt that are computed, while others may be kept."""
 
     #: Their slots, ascending, int64 [T].
     slots: Tensor
-    #: Runs with new images, and the prompt's end; causal at the end of all slots up to their own.
-    runs: tuple[Run, ...]
-    #: Rows of the short texts between kept images, which go together: int64 [texts].
-    text_rows: Tensor
-    #: What these may see, bool [texts, slots].
-    text_mask: Tensor
+    #: Whether these are all slots of the prompt, and whether the last is among them.
+    whole: bool
+    last: bool
     #: Rows that hold image tokens, and which image token each is: int64 [image rows].
     image_rows: Tensor
     image_tokens: Tensor
+    #: The place among all image tokens of each row, int64 [T]; behind the last for rows that hold none.
+    places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +52,40 @@ class WindowPlan:
     #: Images that the vision tower runs on, as indices into the prompt's images, and their image tokens.
     encode: tuple[int, ...]
     encode_tokens: Tensor
-    #: Image tokens that go to another place, their frame having become older: from where, to where.
-    move_from: Tensor
-    move_to: Tensor
-    #: Tokens to compute, or None for all of them.
-    rows: RowPlan | None
+    #: Image tokens that go to another place, their frame having become older.
+    moves: Moves
+    #: Tokens to compute; all of them where nothing is kept.
+    rows: RowPlan
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything on the device, in a fixed order."""
+        rows, moves = self.rows, self.moves
+        own = [self.positions, self.image_index, self.encode_tokens, moves.source, moves.target, moves.chains]
+        return [*own, rows.slots, rows.image_rows, rows.image_tokens, rows.places]
+
+    @property
+    def structure(self) -> Hashable:
+        """Equal for plans that take the same computation, on other tokens."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors), self.rows.whole, self.rows.last
+
+    def clone(self) -> WindowPlan:
+        """A copy with tensors of its own, which may be written to."""
+        rows = replace(
+            self.rows,
+            slots=self.rows.slots.clone(),
+            image_rows=self.rows.image_rows.clone(),
+            image_tokens=self.rows.image_tokens.clone(),
+            places=self.rows.places.clone(),
+        )
+        return replace(
+            self,
+            positions=self.positions.clone(),
+            image_index=self.image_index.clone(),
+            encode_tokens=self.encode_tokens.clone(),
+            moves=Moves(self.moves.source.clone(), self.moves.target.clone(), self.moves.chains.clone()),
+            rows=rows,
+        )
 
 
 def match_frames(
@@ -106,6 +126,7 @@ def plan_window(
     mode: Mode,
     refreshed: tuple[int, ...],
     device: torch.device,
+    span: tuple[int, int | None] = (0, None),
 ) -> WindowPlan:
     """Plan a window.
 
@@ -115,6 +136,8 @@ def plan_window(
         mode: What is kept of images that stay.
         refreshed: Cameras, by their place in the window, whose kept images are computed anew in the language model.
         device: Where index tensors are wanted.
+        span: First camera, by its place, whose text and images may be computed, and the camera behind the last; None
+            is to the end of the prompt.
     """
     images = prompt.images
     flat = [source for camera in sources for source in camera]
@@ -133,27 +156,35 @@ def plan_window(
     encode = tuple(i for i, source in enumerate(flat) if source is None)
     before = [None if source is None else i // frames * frames + source for i, source in enumerate(flat)]
     moved = [(j, i) for i, j in enumerate(before) if j is not None and j != i]
+    moves = chained(moved, [image.count for image in images], offsets)
     kept = [i for i in range(len(images)) if i not in encode and i // frames not in refreshed]
-    rows = None
-    if mode == "kv" and kept:
-        rows = _row_plan(len(prompt.ids), images, offsets, set(kept), device)
+    ends = [0, *(image.end for image in images[frames - 1 :: frames])]  # behind each camera's text and images
+    slots = ends[span[0]], len(prompt.ids) if span[1] is None else ends[span[1]]
+    rows = _row_plan(len(prompt.ids), slots, images, offsets, set(kept) if mode == "kv" else set(), device)
     return WindowPlan(
         prompt=prompt,
         positions=prompt.positions.to(device),
         image_index=prompt.image_index.to(device),
         encode=encode,
         encode_tokens=tokens(encode).to(device),
-        move_from=tokens([j for j, _ in moved]).to(device),
-        move_to=tokens([i for _, i in moved]).to(device),
+        moves=Moves(moves.source.to(device), moves.target.to(device), moves.chains.to(device)),
         rows=rows,
     )
 
 
 def _row_plan(
-    length: int, images: tuple[ImageSpan, ...], offsets: list[int], kept: set[int], device: torch.device
+    length: int,
+    span: tuple[int, int],
+    images: tuple[ImageSpan, ...],
+    offsets: list[int],
+    kept: set[int],
+    device: torch.device,
 ) -> RowPlan:
-    computed = torch.ones(length, dtype=torch.bool)
-    computed[: images[0].start] = False  # nothing that changes stands in front of the first image
+    """Rows between two slots of a prompt of so many tokens."""
+    computed = torch.zeros(length, dtype=torch.bool)
+    computed[slice(*span)] = True
+    if kept:
+        computed[: images[0].start] = False  # nothing that changes stands in front of the first image
     token_of_slot = torch.full((length,), -1)
     for i, image in enumerate(images):
         token_of_slot[image.start : image.end] = torch.arange(offsets[i], offsets[i + 1])
@@ -162,23 +193,11 @@ def _row_plan(
     slots = computed.nonzero()[:, 0]
     image_rows = (token_of_slot[slots] >= 0).nonzero()[:, 0]
     has_image = token_of_slot[slots] >= 0
-    # Runs start where a row's slot does not follow the one before.
-    starts = [0, *((slots.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(slots)]
-    runs: list[Run] = []
-    texts: list[Tensor] = []
-    for first, end in pairwise(starts):
-        if end == len(slots) or bool(has_image[first:end].any()):
-            runs.append(Run(first, end, int(slots[end - 1]) + 1))
-        else:
-            texts.append(torch.arange(first, end))
-    text_rows = torch.cat(texts) if texts else torch.empty(0, dtype=torch.int64)
-    seen = int(slots[text_rows].max()) + 1 if len(text_rows) else 0
-    text_mask = torch.arange(seen)[None, :] <= slots[text_rows][:, None]
     return RowPlan(
         slots=slots.to(device),
-        runs=tuple(runs),
-        text_rows=text_rows.to(device),
-        text_mask=text_mask.to(device),
+        whole=len(slots) == length,
+        last=bool(computed[-1]),
         image_rows=image_rows.to(device),
         image_tokens=token_of_slot[slots[image_rows]].to(device),
+        places=torch.where(has_image, token_of_slot[slots], offsets[-1]).to(device),
     )

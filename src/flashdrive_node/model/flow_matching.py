@@ -29,7 +29,7 @@ def integrate(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
     return x
 
 
-def guided(with_condition: Velocity, without_condition: Velocity, weight: float) -> Velocity:
+def guided(with_condition: Velocity, without_condition: Velocity, weight: float | Tensor) -> Velocity:
     """Classifier-free guidance: ``(1 - w) v_without + w v_with`` (Guided Flows, arXiv 2311.13443, eq. 6)."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

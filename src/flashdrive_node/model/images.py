@@ -163,18 +163,7 @@ def as_batch(images: Frames, where: str = "images", pinned: bool = False) -> Ten
         plain = images.flags.writeable and images.flags.c_contiguous
         images = torch.from_numpy(images if plain else images.copy())
     if not isinstance(images, Tensor):
-        if not images:
-            raise InputError(f"{where}: at least one image is required, found none")
-        for i, image in enumerate(images):
-            if image.dtype != np.uint8:
-                raise InputError(f"{where}: uint8 is required, found {image.dtype} in image {i}")
-            if image.ndim != 3 or image.shape[2] != 3:
-                raise InputError(f"{where}: [height, width, 3] is required, found {list(image.shape)} in image {i}")
-            if image.shape != images[0].shape:
-                raise InputError(
-                    f"{where}: frames of one camera must have one size, found {list(images[0].shape)} in image 0 and "
-                    f"{list(image.shape)} in image {i}"
-                )
+        check_frames(images, where)
         batch = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
         np.stack(images, out=batch.numpy())
         images = batch
@@ -185,6 +174,26 @@ def as_batch(images: Frames, where: str = "images", pinned: bool = False) -> Ten
     if images.ndim == 4 and images.shape[3] == 3:
         return images.permute(0, 3, 1, 2)
     raise InputError(f"{where}: [N, 3, H, W] or [N, H, W, 3] is required, found {list(images.shape)}")
+
+
+def check_frames(images: Sequence[NDArray[np.uint8]], where: str) -> None:
+    """Check that frames of one camera can be one batch.
+
+    Raises:
+        InputError: None at all, not uint8 [height, width, 3], or of different sizes.
+    """
+    if not len(images):
+        raise InputError(f"{where}: at least one image is required, found none")
+    for i, image in enumerate(images):
+        if image.dtype != np.uint8:
+            raise InputError(f"{where}: uint8 is required, found {image.dtype} in image {i}")
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"{where}: [height, width, 3] is required, found {list(image.shape)} in image {i}")
+        if image.shape != images[0].shape:
+            raise InputError(
+                f"{where}: frames of one camera must have one size, found {list(images[0].shape)} in image 0 and "
+                f"{list(image.shape)} in image {i}"
+            )
 
 
 def preprocess(
@@ -208,20 +217,29 @@ def preprocess(
         InputError: See `as_batch` and `target_size`.
     """
     device = torch.device(device)
-    vision = config.vision
     if not cameras:
         raise InputError("images: at least one camera is required, found none")
     rows: list[Tensor] = []
     grids: list[tuple[int, int]] = []
     for i, frames in enumerate(cameras):
         images = as_batch(frames, f"camera {i} of {len(cameras)}", pinned=device.type == "cuda")
-        size = target_size(images.shape[2], images.shape[3], config.min_pixels, config.max_pixels, vision.resize_factor)
-        if device.type == "cpu":
-            images = resize_uint8(images, size)
-        else:
-            images = resize_on_device(images.to(device, non_blocking=True), size)
-        # Cutting and repeating bytes moves a quarter of what floats would.
-        patches = patchify(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-        rows.append(normalise(patches, dtype))
-        grids += [(size[0] // vision.patch_size, size[1] // vision.patch_size)] * len(images)
+        if device.type != "cpu":
+            images = images.to(device, non_blocking=True)
+        patches, grid = patch_rows(images, config, dtype)
+        rows.append(patches)
+        grids += [grid] * len(images)
     return torch.cat(rows) if len(rows) > 1 else rows[0], grids
+
+
+def patch_rows(images: Tensor, config: AlpamayoConfig, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
+    """Patch rows of images that are where they are wanted: uint8 [N, 3, H, W] -> [N x patches, patch features].
+
+    Returns:
+        Rows in -1..1, and rows and columns of patches per image.
+    """
+    vision = config.vision
+    size = target_size(images.shape[2], images.shape[3], config.min_pixels, config.max_pixels, vision.resize_factor)
+    resized = resize_uint8(images, size) if images.device.type == "cpu" else resize_on_device(images, size)
+    # Cutting and repeating bytes moves a quarter of what floats would.
+    patches = patchify(resized, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    return normalise(patches, dtype), (size[0] // vision.patch_size, size[1] // vision.patch_size)

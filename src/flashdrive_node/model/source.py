@@ -69,9 +69,7 @@ def _resolve(
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
             name or "checkpoint",
-            [
-                "no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"
-            ],
+            ["no such directory; a directory or a Hugging Face id such as nvidia/Alpamayo-1.5-10B is required"],
         )
     from huggingface_hub import snapshot_download  # half a second to import
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -1,0 +1,105 @@
+"""CUDA graphs of the engine's stages: hundreds of kernels by one launch, over buffers that stay where they are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    """What is known of one key."""
+
+    #: None until it is captured.
+    graph: torch.cuda.CUDAGraph | None = None
+    #: Why it is run without a graph, once that is settled.
+    refused: str | None = None
+
+
+class Graphs:
+    """Runs functions, as CUDA graphs where the device has them.
+
+    A key's first run is an ordinary one, which also sets up whatever the libraries need; its second is captured, and
+    all further runs are replays. On other devices, and where a capture fails, functions are simply called.
+
+    A function takes and returns nothing: it reads and writes tensors that live as long as its graph, decides nothing by
+    their contents on the host, and has no other effect. What it allocates is gone when it returns, because all graphs
+    share one pool of memory.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True, limit: int = 64):
+        """At most `limit` graphs are kept; the one that was not used for longest goes first."""
+        self.enabled = enabled and device.type == "cuda"
+        self.device = device
+        self.limit = limit
+        #: Captures so far and the seconds they took, for diagnostics.
+        self.captures = 0
+        self.capture_s = 0.0
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._pool: Any = None  # a handle, of a type that PyTorch does not name
+        self._stream: torch.cuda.Stream | None = None
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Run `function`; `key` names it and everything on the host that it depends on."""
+        if not self.enabled:
+            function()
+            return
+        entry = self._entries.get(key)
+        if entry is None:
+            self._entries[key] = _Entry()
+            if len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+            function()
+            return
+        self._entries.move_to_end(key)
+        if entry.graph is None and entry.refused is None:
+            self._capture(key, entry, function)
+        if entry.graph is None:
+            function()
+        else:
+            entry.graph.replay()
+
+    def clear(self) -> None:
+        """Forget all graphs. Call before buffers that they use are freed."""
+        if self._entries and self.enabled:
+            torch.cuda.synchronize(self.device)
+        self._entries.clear()
+
+    @property
+    def refused(self) -> dict[Hashable, str]:
+        """Keys that run without a graph because their capture failed, and why."""
+        return {key: entry.refused for key, entry in self._entries.items() if entry.refused is not None}
+
+    def _capture(self, key: Hashable, entry: _Entry, function: Callable[[], None]) -> None:
+        start_s = time.perf_counter()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self.device)
+        assert self._stream is not None
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(self._stream):
+                # Other threads may allocate pinned memory meanwhile, which a global capture would forbid them.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            entry.refused = str(error)
+            torch.cuda.synchronize(self.device)
+            logger.warning("no CUDA graph of %s, it runs step by step: %s", key, error)
+        else:
+            entry.graph = graph
+            self.captures += 1
+            self.capture_s += time.perf_counter() - start_s
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)

@@ -1,0 +1,243 @@
+"""Graphs of stages: on a CPU plain calls; on a GPU the same numbers, nothing left over, and nothing waited for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.flow_schedule import PUBLISHED_8
+from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction
+from flashdrive_node.engine.read_back import ReadBack
+from flashdrive_node.engine.settings import StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.engine.streaming import StreamingEngine
+from flashdrive_node.model.loading import LoadedModel
+from flashdrive_node.model.sampling import SamplingSettings
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a CUDA device")
+
+CAMERAS = (0, 1, 6)
+SETTINGS = StreamingSettings(
+    checkpoint=str(Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"),
+    sampling=SamplingSettings(temperature=1.2, max_length=14),
+    cameras=CAMERAS,
+    image_size=(360, 640),
+    schedule=PUBLISHED_8,
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    engine = StreamingEngine(SETTINGS)
+    engine.load()
+    assert engine.loaded is not None
+    return engine.loaded
+
+
+@pytest.fixture(scope="module")
+def exact() -> LoadedModel:
+    """The same in float32."""
+    engine = StreamingEngine(replace(SETTINGS, precision="float32"))
+    engine.load()
+    assert engine.loaded is not None
+    return engine.loaded
+
+
+def drafter(loaded: LoadedModel) -> Drafter:
+    text = loaded.model.config.text
+    config = replace(text, num_layers=1, mrope_section=(text.head_dim // 2, 0, 0))
+    drafter = Drafter(DrafterConfig(config, (1, 3), 6, 2, 9999))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (*drafter.parameters(), drafter.mask_embedding):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return drafter.requires_grad_(False).eval().to(loaded.model.device, loaded.model.dtype)
+
+
+def engine(loaded: LoadedModel, drafted: bool = True, mode: str = "kv", **changes) -> StreamingEngine:
+    settings = replace(SETTINGS, stream=StreamSettings(mode), **changes)  # type: ignore[arg-type]
+    return StreamingEngine(settings, loaded, drafter(loaded) if drafted else None)
+
+
+def window(index: int, nav_text: str | None = None) -> Observation:
+    numbers = range(index, index + 4)
+    cameras = tuple(
+        CameraFrames(
+            camera,
+            tuple(100 * n for n in numbers),
+            tuple(np.random.default_rng((camera, n)).integers(0, 256, (360, 640, 3), dtype=np.uint8) for n in numbers),
+        )
+        for camera in CAMERAS
+    )
+    xyz = np.zeros((16, 3), np.float32)
+    xyz[:, 0] = np.arange(-15, 1) * (0.5 + 0.01 * index)
+    return Observation(index, index, cameras, xyz, np.tile(np.eye(3, dtype=np.float32), (16, 1, 1)), nav_text)
+
+
+#: Steady driving, with what comes in between: missed ticks, a repetition, a gap, and navigation text of two lengths.
+DRIVE = [
+    *(window(k) for k in range(5)),
+    *(window(k, "Turn left in 30m") for k in range(5, 9)),
+    *(window(k, "Turn right onto a long street in 120m") for k in range(9, 12)),
+    *(window(k) for k in (12, 14, 17, 17, 18, 60, 61, 62, 63)),
+]
+
+
+def assert_equal(found: list[Prediction], expected: list[Prediction]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert [s.reasoning for s in a.samples] == [s.reasoning for s in b.samples]
+        assert a.metrics == b.metrics
+        for x, y in zip(a.samples, b.samples, strict=True):
+            np.testing.assert_array_equal(x.xyz, y.xyz)
+
+
+def test_functions_are_called_where_there_are_no_graphs():
+    graphs, calls = Graphs(torch.device("cpu")), []
+    for _ in range(3):
+        graphs.run("key", lambda: calls.append(1))
+    assert (len(calls), graphs.captures, graphs.refused, graphs.enabled) == (3, 0, {}, False)
+    graphs.clear()
+
+
+def test_read_back():
+    values = torch.arange(6.0).view(2, 3)
+    back = ReadBack(values)
+    back.start(values)
+    values += 1
+    assert back.wait().tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"drafted": False},
+        {"samples": 3},
+        {"samples": 3, "shared_text": True, "guidance_weight": 1.5},
+        {"mode": "features", "guidance_weight": 1.5},
+        {"mode": "full", "samples": 2},
+    ],
+    ids=str,
+)
+def test_graphs_change_nothing(loaded, options):
+    graphed, plain = engine(loaded, **options), engine(loaded, graphs=False, **options)
+    assert_equal([graphed.step(w) for w in DRIVE], [plain.step(w) for w in DRIVE])
+    assert graphed.graphs is not None
+    assert graphed.graphs.captures >= 4
+    assert not graphed.graphs.refused
+    graphed.reset("again")
+    plain.reset("again")
+    assert_equal([graphed.step(w) for w in DRIVE[:4]], [plain.step(w) for w in DRIVE[:4]])
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"drafted": False, "samples": 3, "guidance_weight": 1.5}], ids=str)
+def test_unused_slots_are_never_seen(loaded, options):
+    """NaN in every slot behind the prompt, before every window."""
+    clean, poisoned = engine(loaded, **options), engine(loaded, **options)
+    found = []
+    for w in DRIVE:
+        found.append(poisoned.step(w))
+        assert poisoned.stream is not None
+        assert poisoned.stream.cache is not None
+        with torch.inference_mode():
+            for tensor in (poisoned.stream.cache.keys, poisoned.stream.cache.values):
+                tensor[:, :, poisoned.stream.cache.used :] = torch.nan
+    assert_equal(found, [clean.step(w) for w in DRIVE])
+
+
+@on_gpu
+def test_nothing_is_waited_for_but_read_backs(loaded):
+    one = engine(loaded)
+    one.warm_up()
+    for w in DRIVE[:4]:
+        one.step(w)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.step(DRIVE[4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_memory_is_constant_behind_the_warm_up(loaded):
+    one = engine(loaded)
+    one.warm_up()
+    for w in DRIVE:
+        one.step(w)
+    before = torch.cuda.memory_allocated()
+    captures = one.graphs.captures
+    for _ in range(3):
+        one.reset("again")
+        for w in DRIVE:
+            one.step(w)
+    assert torch.cuda.memory_allocated() == before
+    assert one.graphs.captures <= captures + 8  # the few kinds of windows that had come once alone
+
+
+@on_gpu
+def test_frames_that_come_ahead_give_the_same_answer(exact):
+    """Batches of another size round otherwise, and random networks make much of it."""
+    ahead, at_once = engine(exact), engine(exact)
+    for w in DRIVE:
+        for camera in w.cameras:
+            ahead.ingest(camera.camera_index, camera.stamps_ns[-1], camera.images[-1])
+        found, expected = ahead.step(w), at_once.step(w)
+        assert [s.reasoning for s in found.samples] == [s.reasoning for s in expected.samples]
+        scale = float(np.abs(expected.trajectory.xyz).max())
+        np.testing.assert_allclose(found.trajectory.xyz, expected.trajectory.xyz, atol=0.05 * scale)
+
+
+@on_gpu
+def test_streams_over_one_set_of_weights_do_not_affect_each_other(loaded):
+    one, other, alone = (engine(loaded) for _ in range(3))
+    found = []
+    for w, v in zip(DRIVE, DRIVE[3:] + DRIVE[:3], strict=True):
+        found.append(one.step(w))
+        other.step(v)
+    assert_equal(found, [alone.step(w) for w in DRIVE])
+
+
+@on_gpu
+def test_a_function_that_cannot_be_captured_runs_step_by_step():
+    graphs, x = Graphs(torch.device("cuda")), torch.zeros(2, device="cuda")
+
+    def peeks() -> None:
+        x.add_(1 + int(x[0].item() < -1))  # a capture may not wait for the device
+
+    for _ in range(4):
+        graphs.run("peeks", peeks)
+    assert x.tolist() == [4.0, 4.0]
+    assert list(graphs.refused) == ["peeks"]
+    graphs.run("adds", lambda: x.add_(1) and None)
+    graphs.run("adds", lambda: x.add_(1) and None)
+    assert x.tolist() == [6.0, 6.0]
+    assert graphs.captures == 1
+
+
+@on_gpu
+def test_the_graph_unused_for_longest_goes_first():
+    graphs, x = Graphs(torch.device("cuda"), limit=2), torch.zeros(1, device="cuda")
+    for key in ("a", "a", "b", "b", "a", "c", "c", "a", "b", "b"):
+        graphs.run(key, lambda: x.add_(1) and None)
+    assert x.item() == 10
+    assert graphs.captures == 4  # a, b, c, and b again
+
+
+@on_gpu
+def test_drawn_tokens_follow_the_distribution_on_the_device():
+    from flashdrive_node.model.sampling import filter_logits, sample
+
+    logits = torch.randn(1, 3000, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 4
+    settings = SamplingSettings(temperature=0.8, top_p=0.9)
+    expected = filter_logits(logits.cpu(), settings).softmax(-1)[0]
+    draws = sample(logits.expand(20000, -1), settings, torch.Generator("cuda").manual_seed(0)).cpu()
+    found = torch.bincount(draws, minlength=3000) / 20000
+    assert float((found - expected).abs().max()) < 5 * (0.25 / 20000) ** 0.5
+    assert not bool(found[expected == 0].any())
