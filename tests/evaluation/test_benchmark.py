@@ -19,6 +19,7 @@ from flashdrive_node.evaluation.benchmark import (
     Procedure,
     StageTimes,
     _stages_ms,
+    _take_ahead,
     make_engine,
     measure,
     window_workload,
@@ -38,7 +39,7 @@ CEILINGS = Ceilings(1e12, 1e11, 1e10)
 
 
 def test_tables_picture_and_files(tmp_path, capsys):
-    arguments = ["benchmark", str(CHECKPOINT), *QUICK, "--tokens", "4", "--samples", "1", "2"]
+    arguments = ["benchmark", str(CHECKPOINT), *QUICK, "--tokens", "4", "--samples", "2"]
     arguments += ["--accept-length", "1.5", "--configurations", "all", "--out", str(tmp_path)]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -47,7 +48,7 @@ def test_tables_picture_and_files(tmp_path, capsys):
     assert "drafter: random, of the published dimensions" in out
     report = json.loads((tmp_path / "benchmark.json").read_text())
     kinds = [(m["configuration"], m["samples"]) for m in report["measurements"]]
-    assert kinds == [("all", 1), ("all", 2)]
+    assert kinds == [("all", 2)]
     for measurement in report["measurements"]:
         assert measurement["windows"] == 2
         assert {*STAGES, "total"} == measurement["stages"].keys()
@@ -86,6 +87,8 @@ def test_what_a_configuration_computes(loaded, drive, name):
     work = window_workload(loaded, drive, CONFIGURATIONS[name], PROCEDURE, 2)
     engine = make_engine(name, PROCEDURE, settings, loaded, random_drafter(loaded.model))
     engine.step(drive.window(0))
+    if CONFIGURATIONS[name].ahead:
+        _take_ahead(engine, drive.window(1))
     metrics = engine.step(drive.window(1)).metrics
     streams = isinstance(engine, StreamingEngine)
     assert streams == (name != "plain")
@@ -95,8 +98,8 @@ def test_what_a_configuration_computes(loaded, drive, name):
     assert work.frame_bytes == len(work.patches) * 90 * 160 * 3
     assert work.evaluations == (4 if CONFIGURATIONS[name].flow else 10)
     assert work.rounds == (2 if CONFIGURATIONS[name].speculative else None)
-    if not CONFIGURATIONS[name].speculative:
-        assert metrics["tokens"] == work.tokens == 6
+    assert metrics["tokens"] == work.tokens == 6
+    assert metrics.get("draft_rounds") == work.rounds
     assert work.prefill_pairs <= work.prompt_tokens * (work.prompt_tokens + 1) // 2
     if name == "plain":
         assert work.prefill_pairs == work.prompt_tokens * (work.prompt_tokens + 1) // 2
@@ -105,18 +108,18 @@ def test_what_a_configuration_computes(loaded, drive, name):
 def test_measuring_leaves_the_weights(loaded, drive):
     drafter = random_drafter(loaded.model)
     before = [p.clone() for p in loaded.model.parameters()]
-    found = [measure(n, PROCEDURE, SETTINGS, loaded, drafter, drive, CEILINGS) for n in ("streaming", "all")]
+    found = measure("all", PROCEDURE, SETTINGS, loaded, drafter, drive, CEILINGS)
     for parameter, kept in zip(loaded.model.parameters(), before, strict=True):
         assert torch.equal(parameter, kept)
-    streaming, everything = found
-    assert everything.work.rounds == 2
-    assert streaming.work.rounds is None
-    assert (streaming.passes, everything.passes) == (6, 2)
-    assert everything.floors["action"].ms == pytest.approx(0.4 * streaming.floors["action"].ms)
-    assert drafter.config.block_size == 8
+    assert found.passes == found.work.rounds == 2
+    assert replace(found, work=replace(found.work, rounds=None)).passes == 6
+    assert found.windows == PROCEDURE.runs
+    floors = stage_floors(loaded.model.config, found.work, 4, CEILINGS, drafter.config)
+    assert found.floors == floors
+    assert found.warm_up_s > found.reset_ms / 1e3 >= 0
 
 
-def test_rounds_are_counted_in_the_accept_length():
+def test_rounds_are_those_of_the_accept_length(loaded):
     """A text that took 5 rounds counts as the 2 of the accept length, each as long as measured."""
     timings = {"encode": 10.0, "decode": 50.0, "action": 5.0, "total": 70.0}
     prediction = Prediction(0, 0, (), 0, 0.0, timings, {"draft_rounds": 5.0})
@@ -125,6 +128,10 @@ def test_rounds_are_counted_in_the_accept_length():
     assert Procedure().rounds == 3
     assert Procedure(tokens=16, accept_length=7.5).rounds == 2
     assert Procedure(tokens=17, accept_length=1).rounds == 16
+    assert Procedure().gain == 5
+    assert Procedure(tokens=10, accept_length=1.5).gain == 2
+    with pytest.raises(InputError, match="at most the drafter's block of 8, found 15"):
+        make_engine("all", Procedure(accept_length=15), SETTINGS, loaded, random_drafter(loaded.model))
 
 
 def report_of(loaded, drive, medians: dict[str, float]) -> Report:
@@ -160,11 +167,12 @@ def test_tables_say_what_was_found(tmp_path, loaded, drive):
         read_report(path)
 
 
-def test_a_failing_configuration_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+def test_a_failing_configuration_does_not_lose_the_others(tmp_path, monkeypatch, capsys, loaded, drive):
     def fails(name, *rest):
         if name == "flow":
             raise RuntimeError("out of memory")
-        return measure(name, *rest)
+        stages = dict.fromkeys((*STAGES, "total"), 1.0)
+        return replace(report_of(loaded, drive, stages).measurements[0], configuration=name)
 
     monkeypatch.setattr(command, "measure", fails)
     arguments = ["benchmark", str(CHECKPOINT), *QUICK, "--tokens", "3", "--samples", "1", "--out", str(tmp_path)]
@@ -172,6 +180,7 @@ def test_a_failing_configuration_does_not_lose_the_others(tmp_path, monkeypatch,
     assert "Not measured: flow, 1 sample(s): out of memory" in capsys.readouterr().out
     report = read_report(tmp_path / "benchmark.json")
     assert [m.configuration for m in report.measurements] == ["streaming"]
+    assert report.failures == {"flow, 1 sample(s)": "out of memory"}
 
 
 def test_windows_share_all_but_the_newest_frame():

@@ -33,7 +33,7 @@ def test_demo_leaves_video_bag_and_honest_reports(tmp_path: Path) -> None:
     with open_bag(out / "outputs") as reader:
         assert "/flashdrive_node/output/trajectory" in reader.topics
     video = cv2.VideoCapture(str(out / "demo.mp4"))
-    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 12  # 2.2 s at 5 Hz, both ends
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 23  # 2.2 s at 10 Hz, both ends
 
 
 def test_random_model_is_the_release_in_everything_but_width(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_video_shows_the_newest_published_window_at_every_moment(
     replayed = read_drive(drive, rig, read_outputs(finished.outputs).records, "a note")
     written: list[int] = []
     count = write_video(tmp_path / "video.mp4", drive, replayed, written.append)
-    assert count == 21
-    assert written == list(range(1, 22))
+    assert count == 41
+    assert written == list(range(1, 42))
     video = cv2.VideoCapture(str(tmp_path / "video.mp4"))
     pictures = []
     while (read := video.read())[0]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from std_msgs.msg import String
 
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.evaluation.closed_loop import ClosedLoop
@@ -16,7 +17,7 @@ from flashdrive_node.ros.parameters import parameters_from
 from flashdrive_node.runtime.rig import load_rig
 from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.scenario import sample_scenes
-from support.node_process import Bench
+from support.node_process import Bench, wait_until
 from support.vehicle import Camera, write_rig
 from support.world_drives import SLOW_SCENE, begin, driving_node, real_time, world
 
@@ -159,13 +160,18 @@ def test_in_real_time_the_latency_is_driven(bench: Bench, tmp_path, one_camera):
         assert log.other_inputs == 0
 
 
-def test_a_node_with_another_clock_is_refused(bench: Bench, tmp_path, one_camera):
+def test_a_node_with_another_clock_or_of_another_version_is_refused(bench: Bench, tmp_path, one_camera):
     with (
-        driving_node(bench, tmp_path, one_camera, engine="fake", use_sim_time=False),
+        driving_node(bench, tmp_path, one_camera, engine="fake", use_sim_time=False) as node,
         world(bench, tmp_path, rig=str(one_camera)) as found,
-        pytest.raises(DriverError, match=r"must have the clock of /clock, 1001.500 s \(use_sim_time\), found \d+"),
     ):
-        found.link.reset(1_001_500_000_000, timeout_s=1.0)
+        with pytest.raises(DriverError, match=r"must have the clock of /clock, 1001.500 s \(use_sim_time\), found \d+"):
+            found.link.reset(1_001_500_000_000, timeout_s=1.0)
+        record = bench.node.create_publisher(String, f"{node.full_name}/output/record", 1)
+        wait_until(record.get_subscription_count, 5.0, "the world")
+        record.publish(String(data='{"time": 3}'))
+        with pytest.raises(DriverError, match="what /flashdrive_node publishes cannot be read: KeyError"):
+            wait_until(lambda: found.link.newest(0).plan, 5.0, "the refusal")
 
 
 def test_an_unconfigured_node_is_waited_for_no_longer_than_asked(bench: Bench, tmp_path, one_camera):

@@ -71,7 +71,7 @@ def test_either_process_may_be_killed(bench: Bench, tmp_path, rig):
 def test_a_world_without_a_driving_node_says_so(tmp_path, rig):
     done = commands.run(tmp_path, WORLD, "--out", tmp_path / "out", "--rig", rig, "--ready-timeout", 0.5, "--quiet")
     assert done.returncode == 1
-    assert "/flashdrive_node was not ready within 0 s: it has published nothing on /diagnostics" in done.stderr
+    assert "/flashdrive_node was not ready within 0.5 s: it has published nothing on /diagnostics" in done.stderr
 
 
 @pytest.mark.ros
@@ -111,6 +111,7 @@ def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
         (("--engine", "fake", "--device", "cuda:0,cuda:1"), "one device is required with --ros, found cuda:0,cuda:1"),
         (("--engine", "fake", "--size", "100x64"), "pictures need a width that is a multiple of 8"),
         (("--engine", "fake", "--rig", "nowhere"), "no rig of this name"),
+        (("--engine", "fake", "--policy", "expert"), "with --ros the node drives"),
         (("--engine", "fake", "--videos", "2"), "--videos needs a folder, --out"),
     ],
 )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8, FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.protocol import EngineError, Prediction
+from flashdrive_node.engine.protocol import EngineError, Observation, Prediction
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.engine.streaming import StreamingEngine
@@ -42,10 +42,12 @@ class Configuration:
     speculative: bool = False
     #: Whether flow steps are left out.
     flow: bool = False
+    #: Whether the engine is given the new frames camera by camera; the time counts from the last camera's.
+    ahead: bool = False
 
 
-#: The rows of FlashDrive's table of latencies, each of the middle ones with the system's work and one idea more; and
-#: all of it with nothing approximated in the prefill.
+#: The rows of FlashDrive's table of latencies, each of the middle ones with the system's work and one idea more; then
+#: all of it with nothing approximated in the prefill, and with cameras that come one after the other.
 CONFIGURATIONS = {
     "plain": Configuration("plain"),
     "system": Configuration("+ system", "full"),
@@ -54,6 +56,7 @@ CONFIGURATIONS = {
     "flow": Configuration("+ flow", "full", flow=True),
     "all": Configuration("all", "kv", speculative=True, flow=True),
     "features": Configuration("all, exact prefill", "features", speculative=True, flow=True),
+    "ahead": Configuration("all, from the last camera", "kv", speculative=True, flow=True, ahead=True),
 }
 
 
@@ -84,6 +87,11 @@ class Procedure:
     def rounds(self) -> int:
         """Speculative rounds of one text; its first token comes with the prefill."""
         return math.ceil((self.tokens - 1) / self.accept_length)
+
+    @property
+    def gain(self) -> int:
+        """Tokens that every one of these rounds brings, but for the last."""
+        return math.ceil((self.tokens - 1) / self.rounds)
 
 
 @dataclass(frozen=True)
@@ -161,10 +169,12 @@ def window_workload(
     )
     grids = [(rows, columns)] * (cameras * frames)
     prompt = driving_prompt(loaded.tokenizer, config, drive.cameras, frames, grids)
-    # Every frame but the newest stood one place further back in the window before.
-    sources: tuple[tuple[int | None, ...], ...] = ((*range(1, frames), None),) * cameras
-    plan = plan_window(prompt, sources, configuration.mode or "full", (), torch.device("cpu"))
-    slots = torch.arange(len(prompt.ids)) if plan.rows is None else plan.rows.slots
+    # Every frame but the newest stood one place nearer to the end in the window before.
+    moved, still = (*range(1, frames), None), tuple(range(frames))
+    sources = (*((still if configuration.ahead else moved,) * (cameras - 1)), moved)
+    first = cameras - 1 if configuration.ahead else 0
+    plan = plan_window(prompt, sources, configuration.mode or "full", (), torch.device("cpu"), (first, None))
+    slots = plan.rows.slots
     steps = config.flow.num_inference_steps
     return Workload(
         samples=samples,
@@ -184,22 +194,29 @@ def make_engine(
 ) -> PlainEngine:
     """The engine of a configuration, over weights that are loaded, with texts of a fixed length.
 
-    Without a drafter the tokens are drawn as always and then replaced. With one, the text is cut behind as many rounds
-    as the accept length stands for: guesses of random weights are never right, so that each round brings one token.
+    Tokens are drawn, guessed and checked as always, and then replaced: those of the text by filler, and as many guesses
+    of a round by right ones as the accept length stands for.
+
+    Raises:
+        InputError: An accept length beyond the drafter's blocks.
     """
     configuration = CONFIGURATIONS[name]
-    length = procedure.rounds + 1 if configuration.speculative else procedure.tokens + 1
-    settings = replace(settings, sampling=replace(settings.sampling, max_length=length))
+    settings = replace(settings, sampling=replace(settings.sampling, max_length=procedure.tokens + 1))
     engine = PlainEngine(settings, loaded)
     if configuration.mode is not None:
         common = {f.name: getattr(settings, f.name) for f in fields(PlainSettings)}
         schedule = procedure.schedule if configuration.flow else None
         streaming = StreamingSettings(**common, stream=StreamSettings(configuration.mode), schedule=schedule)
         engine = StreamingEngine(streaming, loaded, drafter if configuration.speculative else None)
-    if not configuration.speculative:
-        text = torch.full((settings.samples, procedure.tokens), _FILLER_TOKEN)
-        text[:, -1] = loaded.model.config.tokens.future_start
-        engine.script = text.to(loaded.model.device)
+        engine.scripted_gain = procedure.gain
+    if configuration.speculative and drafter is not None and procedure.gain > drafter.config.block_size:
+        raise InputError(
+            f"accept length must be at most the drafter's block of {drafter.config.block_size}, "
+            f"found {procedure.accept_length:g}"
+        )
+    text = torch.full((settings.samples, procedure.tokens), _FILLER_TOKEN)
+    text[:, -1] = loaded.model.config.tokens.future_start
+    engine.script = text.to(loaded.model.device)
     return engine
 
 
@@ -236,7 +253,7 @@ def measure(
         start_s = _synchronised_s(device)
         engine.warm_up()
         warm_up_s = _synchronised_s(device) - start_s
-        times, peak = _measure_windows(engine, procedure, drive, work.rounds, f"{name}, {settings.samples} sample(s)")
+        times, peak = _measure_windows(engine, name, procedure, drive, work.rounds)
         start_s = _synchronised_s(device)
         engine.reset("benchmark")
         reset_ms = (_synchronised_s(device) - start_s) * 1e3
@@ -247,20 +264,33 @@ def measure(
 
 
 def _measure_windows(
-    engine: PlainEngine, procedure: Procedure, drive: RandomDrive, rounds: int | None, title: str
+    engine: PlainEngine, name: str, procedure: Procedure, drive: RandomDrive, rounds: int | None
 ) -> tuple[dict[str, list[float]], int]:
     """Milliseconds of every stage, window by window, and the largest memory in use."""
     device = engine.settings.torch_device
     times: dict[str, list[float]] = {}
+    title = f"{name}, {engine.settings.samples} sample(s)"
     for i in tqdm(range(procedure.warm_up + procedure.runs), desc=title, unit="window"):
         if i == procedure.warm_up and device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        prediction = engine.step(drive.window(i))
+        window = drive.window(i)
+        if CONFIGURATIONS[name].ahead:
+            _take_ahead(engine, window)
+        prediction = engine.step(window)
         if i >= procedure.warm_up:
             for stage, ms in _stages_ms(prediction, rounds).items():
                 times.setdefault(stage, []).append(ms)
     return times, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _take_ahead(engine: PlainEngine, window: Observation) -> None:
+    """Show the newest frames of all cameras but the last to the engine, and let it finish with them."""
+    assert isinstance(engine, StreamingEngine)
+    if engine.stream is not None and engine.stream.windows:
+        for camera in window.cameras[:-1]:
+            engine.ingest(camera.camera_index, camera.stamps_ns[-1], camera.images[-1])
+        _synchronised_s(engine.settings.torch_device)
 
 
 def _stages_ms(prediction: Prediction, rounds: int | None) -> dict[str, float]:
@@ -271,7 +301,7 @@ def _stages_ms(prediction: Prediction, rounds: int | None) -> dict[str, float]:
         taken = prediction.metrics["draft_rounds"]
         if not taken:
             raise EngineError(f"window {prediction.window_id}: the text ended before a speculative round")
-        # A round costs the same whether its guesses are right; a text that took others counts round by round.
+        # A length that is no whole number comes out as other rounds, and all rounds take the same time.
         scaled = stages["decode"] * rounds / taken
         total += scaled - stages["decode"]
         stages["decode"] = scaled

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 #: Draws the world from above at a time; None where it cannot.
 Ground = Callable[[int], Picture | None]
 
-RATE_HZ = 5.0
+RATE_HZ = 10.0
 #: Pictures that are drawn at once; the drawing runs outside of Python's lock.
 _THREADS = 2
 _PLAN_DT_NS = 100_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections import deque
@@ -24,6 +23,8 @@ from flashdrive_node.ros.published_plan import PlanError, PublishedPlan, read_pl
 
 #: States of the inference in which no answer comes, however long one waits.
 _HOPELESS = ("unconfigured", "configure failed", "inactive", "paused", "engine failed", "no window")
+#: States in which it forms no windows yet.
+_NOT_ACTIVE = ("unconfigured", "inactive", "loading")
 #: A hopeless state must last so long: the one before a window may still be on its way.
 _HOPELESS_S = 1.0
 _POLL_S = 0.02
@@ -86,13 +87,16 @@ class DriverLink:
         self._plans: dict[int, PublishedPlan | PlanError] = {}
         self._records: dict[int, dict[str, Any]] = {}
         self._reports: deque[Report] = deque(maxlen=8)
+        self._failure: Exception | None = None
         #: Windows that are known to have come to an end.
         self._windows_ended = 0
         trajectory, record, reset = (
             topic.replace("~", name, 1) for topic in (topics.TRAJECTORY, topics.RECORD, topics.RESET)
         )
-        node.create_subscription(trajectory_type(), trajectory, self._on_trajectory, QoSProfile(depth=20))
-        node.create_subscription(String, record, self._on_record, QoSProfile(depth=20))
+        self._outputs = (
+            node.create_subscription(trajectory_type(), trajectory, self._on_trajectory, QoSProfile(depth=20)),
+            node.create_subscription(String, record, self._on_record, QoSProfile(depth=20)),
+        )
         node.create_subscription(DiagnosticArray, topics.DIAGNOSTICS, self._on_diagnostics, QoSProfile(depth=50))
         self._reset = node.create_client(Trigger, reset)
         self._executor = SingleThreadedExecutor(context=node.context)
@@ -127,10 +131,11 @@ class DriverLink:
             if report is not None:
                 if report.state in ("configure failed", "engine failed"):
                     raise DriverError(f"{self.name}: {report.text}")
-                if report.engine in ("ready", "busy") and report.state not in ("unconfigured", "inactive", "loading"):
+                active = report.engine in ("ready", "busy") and report.state not in _NOT_ACTIVE
+                if active and self._is_connected():
                     return
             if time.monotonic() > deadline:
-                raise DriverError(f"{self.name} was not ready within {timeout_s:.0f} s: {self._said()}")
+                raise DriverError(f"{self.name} was not ready within {timeout_s:g} s: {self._said()}")
             time.sleep(0.05)
 
     def reset(self, now_ns: int, timeout_s: float = 10.0) -> None:
@@ -146,7 +151,7 @@ class DriverLink:
         deadline = time.monotonic() + timeout_s
         future = self._reset.call_async(Trigger.Request())
         while not future.done():
-            self._wait(deadline, f"did not answer {topics.RESET} within {timeout_s:.0f} s")
+            self._wait(deadline, f"did not answer {topics.RESET} within {timeout_s:g} s")
         answer = future.result()
         if answer is None or not answer.success:
             raise DriverError(f"{self.name} refused {topics.RESET}: {answer.message if answer else 'no answer'}")
@@ -215,7 +220,12 @@ class DriverLink:
         hopeless = all(report.state in _HOPELESS and report.engine != "busy" for report in recent)
         return recent[-1].text if hopeless and time.monotonic() - began_s > _HOPELESS_S else ""
 
+    def _is_connected(self) -> bool:
+        return self._reset.service_is_ready() and all(output.get_publisher_count() for output in self._outputs)
+
     def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise DriverError(f"what {self.name} publishes cannot be read: {self._failure!r}") from self._failure
         report = self.report
         silent_s = time.monotonic() - report.received_s if report is not None else float("inf")
         if silent_s > self._silence_s:
@@ -230,8 +240,12 @@ class DriverLink:
         return f"it last said '{report.text}', engine {report.engine or 'unknown'}"
 
     def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
+        try:
             self._executor.spin()
+        except ExternalShutdownException:
+            pass
+        except Exception as error:  # whatever a message makes a callback raise; the thread that drives reports it
+            self._failure = error
 
     def _on_trajectory(self, message: Any) -> None:
         plan: PublishedPlan | PlanError

@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 import rclpy
 import torch
@@ -21,7 +22,7 @@ from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.picture_files import FORMATS
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.ros.scene_drive import DriveMode
-from flashdrive_node.ros.world_run import World, WorldOptions, drive_scenes
+from flashdrive_node.ros.world_run import World, WorldOptions, WorldResult, drive_scenes
 from flashdrive_node.runtime.rig import RigError
 from flashdrive_node.world.draws import SPLITS
 
@@ -32,28 +33,41 @@ def main(argv: list[str] | None = None) -> int:
     cut = given.index("--ros-args") if "--ros-args" in given else len(given)
     # rclpy's own handlers would take the context away before the results are written.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt_once)
     rclpy.init(args=["flashdrive_world", *given[cut:]], signal_handler_options=SignalHandlerOptions.NO)
     # One scene is too little for several threads, and the driving node needs them.
     torch.set_num_threads(1)
     try:
-        options = options_of(given[:cut])
-        node = Node("flashdrive_world", enable_rosout=False, start_parameter_services=False)
-        world = World(node, options)
+        result = _run(options_of(given[:cut]))
     except (RigError, InputError) as error:
         print(f"flashdrive_world: {error}", file=sys.stderr)
-        rclpy.try_shutdown()
         return 2
-    total = len(options.indices) * options.run.steps
-    with tqdm(total=total, unit="step", desc="drive", disable=options.quiet) as bar:
-        result = drive_scenes(world, bar.update)
-    world.close()
-    rclpy.try_shutdown()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        rclpy.try_shutdown()
     print("\n".join(result.lines()), flush=True)
     if result.problem:
         print(f"flashdrive_world: {result.problem}", file=sys.stderr)
         return 1
     return 130 if result.interrupted else 0
+
+
+def _run(options: WorldOptions) -> WorldResult:
+    node = Node("flashdrive_world", enable_rosout=False, start_parameter_services=False)
+    world = World(node, options)
+    total = len(options.indices) * options.run.steps
+    with tqdm(total=total, unit="step", desc="drive", disable=options.quiet) as bar:
+        result = drive_scenes(world, bar.update)
+    world.close()
+    return result
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    # The terminal sends one, launch another; the second one must not keep the results from being written.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def arguments(options: WorldOptions) -> list[str]:
