@@ -10,24 +10,21 @@ older window; only image tokens are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.ageing import age
-from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.rotary import KeptKeys
-from flashdrive_node.engine.kernels.visibility import up_to
-from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
-from flashdrive_node.engine.speculative import Tapped, Taps
+from flashdrive_node.engine.row_pass import run_rows
+from flashdrive_node.engine.slot_pass import next_logits
+from flashdrive_node.engine.taps import Tapped, Taps
 from flashdrive_node.engine.window_plan import Mode, WindowPlan, match_frames, plan_window
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.attention import attend_causal
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
@@ -202,8 +199,8 @@ class Stream:
             features: Of the images that the plan names, in order; None where it names none.
 
         Returns:
-            The context, and the logits of the first generated token, float32 [1, vocabulary], in the same tensor as
-            ever.
+            The context, and the logits of the first generated token, [1, vocabulary] in the model's type, in the same
+            tensor as ever.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
         self._ahead = 0
@@ -295,7 +292,7 @@ class Stream:
             shape = (c.num_layers, c.num_kv_heads, tokens + 1, c.head_dim)
             self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._ids = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device)
+        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device, dtype=dtype)
         if self.tapped.layer_ids:
             width = len(self.tapped.layer_ids) * c.hidden_size
             self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
@@ -318,58 +315,3 @@ class Stream:
         if features is not None:
             for level, new in enumerate((features.embeds, *features.deepstack)):
                 self._features[level].index_copy_(0, plan.encode_tokens, new)
-
-
-def run_rows(
-    model: Alpamayo,
-    plan: WindowPlan,
-    ids: Tensor,
-    cache: KVCache,
-    features: VisionFeatures,
-    kept: Callable[[int], KeptKeys] | None = None,
-    taps: Taps | None = None,
-) -> Tensor:
-    """Compute some tokens of a prompt, while the cache holds the others.
-
-    Args:
-        model: The network.
-        plan: The window, and which of its tokens.
-        ids: Of the whole prompt, int64 [T].
-        cache: Slots of the prompt, of which those of the plan's rows are written.
-        features: Of all images.
-        kept: See `run_at_slots`.
-        taps: Shown the outputs of the layers.
-
-    Returns:
-        Hidden state of the last one of them behind the final norm, [1, hidden].
-    """
-    language, config, rows = model.language, model.config.text, plan.rows
-    x = embedding(ids[rows.slots], language.embed_tokens.weight)
-    x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
-    # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
-    visible = None if rows.whole else up_to(rows.slots + 1)
-
-    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if visible is None:
-            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
-        return attend_visible(q, keys, values, visible)
-
-    def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
-        if layer >= len(features.deepstack):
-            return None
-        return rows.image_rows, features.deepstack[layer][rows.image_tokens]
-
-    rotation = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
-    hidden = run_at_slots(
-        language.layers,
-        language.norm,
-        x,
-        rotation,
-        rows.slots,
-        cache,
-        attention,
-        kept,
-        None if taps is None else taps.see,
-        deepstack,
-    )
-    return hidden[-1:]

@@ -23,9 +23,10 @@ from flashdrive_node.engine.image_encoder import ImageEncoder
 from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, Tapped, TextDecoder
+from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
+from flashdrive_node.engine.taps import Tapped
 from flashdrive_node.engine.vision_pass import copied, joined, split
 from flashdrive_node.engine.window_plan import plan_window
 from flashdrive_node.model.errors import InputError, ModelError
