@@ -101,7 +101,7 @@ def test_any_tiling_gives_the_same(rows, splits):
     visible = waypoint_visibility(integers([130]), integers([[130, 137], [137, 150]]), integers([160]), 7)
     q, keys, values = inputs(splits, 4, 64, 180, visible)
     chosen = triton_attention.Tiling(rows, 32, splits, warps=4, stages=2)
-    found = triton_attention.attend_visible(q, keys, values, visible, chosen)
+    found = triton_attention.attend_visible(q, keys, values, visible, chosen=chosen)
     assert_close(found, dense(q, keys, values, visible), ulps=2)
 
 

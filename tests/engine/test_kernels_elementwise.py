@@ -97,7 +97,7 @@ def test_products_split_along_k(splits):
 
     random = seeded(splits)
     x, weight = draw(random, 7, 200), draw(random, 70, 200)
-    found = triton_linear.skinny_linear(x, weight, triton_linear.Tiling(16, 32, splits, warps=4, stages=2))
+    found = triton_linear.skinny_linear(x, weight, chosen=triton_linear.Tiling(16, 32, splits, warps=4, stages=2))
     assert_close(found, x.double() @ weight.double().T, ulps=0.6)
 
 

@@ -174,11 +174,20 @@ def test_a_node_with_another_clock_or_of_another_version_is_refused(bench: Bench
             wait_until(lambda: found.link.newest(0).plan, 5.0, "the refusal")
 
 
-def test_an_unconfigured_node_is_waited_for_no_longer_than_asked(bench: Bench, tmp_path, one_camera):
+def test_a_node_that_is_not_there_or_not_configured_is_waited_for_no_longer_than_asked(
+    bench: Bench, tmp_path, one_camera
+):
+    options = {"rig": str(one_camera), "ready_timeout_s": 1.0}
+    with (
+        pytest.raises(DriverError, match="was not ready within 1 s: it has published nothing on /diagnostics"),
+        world(bench, tmp_path, **options),
+    ):
+        pass
     with driving_node(bench, tmp_path, one_camera, engine="fake", auto_activate=False) as node:
+        wait_until(lambda: bench.node.get_publishers_info_by_topic("/diagnostics"), 20.0, "the node")
         with (
-            pytest.raises(DriverError, match=r"was not ready within 2 s: it last said 'unconfigured'"),
-            world(bench, tmp_path, rig=str(one_camera), ready_timeout_s=2.0),
+            pytest.raises(DriverError, match=r"was not ready within 1 s: it last said 'unconfigured'"),
+            world(bench, tmp_path, **options),
         ):
             pass
         assert node.running()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from flashdrive_node.evaluation.devices import devices_of, spread
 from flashdrive_node.evaluation.drive_report import DriveReport
 from flashdrive_node.evaluation.open_loop import OpenLoopWork
 from flashdrive_node.evaluation.open_loop_report import OpenLoopReport
-from flashdrive_node.evaluation.policies import EXPERT, HISTORY, MODEL, POLICIES
+from flashdrive_node.evaluation.policies import EXPERT, HISTORY, MODEL, POLICIES, history_file
 from flashdrive_node.evaluation.world_windows import WindowChoice
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.world.draws import SPLITS
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         nargs="+",
         choices=POLICIES,
-        default=list(POLICIES),
         metavar="NAME",
-        help=f"who drives, one after the other: {', '.join(POLICIES)} (default: all of them)",
+        help=f"who drives, one after the other: {', '.join(POLICIES)} (default: all that the checkpoint has)",
     )
     parser.add_argument(
         "--open-loop",
@@ -72,10 +74,20 @@ def run(args: argparse.Namespace) -> int:
         return drive_ros.run(args, _size(args.size))
     if args.videos and args.out is None:
         raise InputError("--videos needs --out, where they are written")
+    args.policy = args.policy or _policies(args.checkpoint, args.open_loop)
     needy = sorted({MODEL, HISTORY}.intersection(args.policy))
     if needy and args.checkpoint is None:
         raise InputError(f"a checkpoint is required for {' and '.join(needy)}; or choose others with --policy")
     return _open_loop(args) if args.open_loop else _closed_loop(args)
+
+
+def _policies(checkpoint: str | None, open_loop: bool) -> list[str]:
+    """All that can be measured: open loop against the expert, and the history baseline where one was trained."""
+    left_out = {EXPERT} if open_loop else set()
+    if checkpoint is not None and history_file(checkpoint) is None:
+        logger.info("%s has no history baseline, so that one is left out", checkpoint)
+        left_out.add(HISTORY)
+    return [policy for policy in POLICIES if policy not in left_out]
 
 
 def _closed_loop(args: argparse.Namespace) -> int:
@@ -96,12 +108,11 @@ def _closed_loop(args: argparse.Namespace) -> int:
 
 
 def _open_loop(args: argparse.Namespace) -> int:
-    policies = tuple(policy for policy in args.policy if policy != EXPERT)
     choice = WindowChoice(args.split, seed=args.seed)
     begun = time.perf_counter()
-    work = OpenLoopWork(policies, _model(args), choice, args.batch, _size(args.size))
+    work = OpenLoopWork(tuple(args.policy), _model(args), choice, args.batch, _size(args.size))
     answered = spread(work, _indices(args), devices_of(args.device), "open loop")
-    rows = {policy: [row for row in answered if row.policy == policy] for policy in policies}
+    rows = {policy: [row for row in answered if row.policy == policy] for policy in args.policy}
     report = OpenLoopReport(choice, rows, _conditions(args, begun))
     text = open_loop_report.markdown(report)
     print(text)

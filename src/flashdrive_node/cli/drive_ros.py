@@ -10,7 +10,6 @@ from pathlib import Path
 from flashdrive_node.cli.replay import node_parameters
 from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.picture_files import FORMATS
-from flashdrive_node.evaluation.policies import POLICIES
 from flashdrive_node.model.errors import InputError
 
 
@@ -72,7 +71,7 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
     """Parameters of the node: those that the in-process run has too, and what is given for the node alone."""
     if args.checkpoint is None and args.engine != "fake" and args.params is None:
         raise InputError("a checkpoint is required with --ros, or --engine fake")
-    if args.open_loop or set(args.policy) != set(POLICIES):
+    if args.open_loop or args.policy is not None:
         raise InputError("--open-loop and --policy choose what runs in process; with --ros the node drives")
     if args.videos and args.out is None:
         raise InputError("--videos needs a folder, --out")

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
 from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
@@ -66,16 +67,18 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
         batch: Scenes that the model gets at once.
 
     Raises:
-        InputError: No such policy.
-        ModelError: The checkpoint cannot be loaded, or has no history baseline beside it.
+        InputError: No such policy, or the checkpoint has no history baseline.
+        ModelError: The checkpoint cannot be loaded.
     """
     if name == EXPERT:
         return None
     if name == CONSTANT_VELOCITY:
         return ConstantVelocity()
     if name == HISTORY:
-        baseline = Path(settings.checkpoint) / HISTORY_FILE
-        return HistoryOnly(load_history_baseline(baseline, settings.torch_device))
+        file = history_file(settings.checkpoint)
+        if file is None:
+            raise InputError(f"{HISTORY_FILE} is required in {settings.checkpoint} or beside it, found none")
+        return HistoryOnly(load_history_baseline(file, settings.torch_device))
     if name != MODEL:
         raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
     loaded = load_alpamayo(
@@ -92,6 +95,13 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
         max_length=settings.sampling.max_length,
     )
     return ModelPolicy(policy, batch)
+
+
+def history_file(checkpoint: str) -> Path | None:
+    """The history baseline that was trained with a checkpoint: in its directory or beside it."""
+    directory = bundled_checkpoint() if checkpoint == BUNDLED else Path(checkpoint)
+    places = (directory / HISTORY_FILE, directory.parent / HISTORY_FILE)
+    return next((place for place in places if place.is_file()), None)
 
 
 class ConstantVelocity:

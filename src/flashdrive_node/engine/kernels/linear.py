@@ -11,10 +11,16 @@ from flashdrive_node.engine.kernels.backend import uses_triton
 MAX_ROWS = 64
 
 
-def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`torch.nn.functional.linear` without bias, for few rows: x [M, K], weight [N, K] -> [M, N] in x's type.
+def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` without bias, for few rows. Sums are taken in float32 and rounded once.
 
-    Sums are taken in float32 and rounded once, in another order than cuBLAS's.
+    Args:
+        x: [M, K].
+        weight: [N, K].
+        ahead: Weight of a product that comes soon; its first columns are fetched while this kernel ends.
+
+    Returns:
+        [M, N] in x's type.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(
@@ -24,5 +30,5 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     if uses_triton(x) and len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
         from flashdrive_node.engine.kernels.triton_linear import skinny_linear as run
 
-        return run(x, weight)
+        return run(x, weight, ahead)
     return linear(x, weight)

@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, prefetch, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import (
+    fetch_columns,
+    fetched_columns,
+    invite_next,
+    overlap,
+    prefetch,
+    wait_for_previous,
+)
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
@@ -54,7 +61,9 @@ def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) 
     return Tiling(rows, block, splits, warps=8 if rows == 128 else 4, stages=3)
 
 
-def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None) -> Tensor:
+def attend_visible(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ahead: Tensor | None = None, chosen: Tiling | None = None
+) -> Tensor:
     """See `attention.attend_visible`; `chosen` replaces the tiling, for measurements."""
     tokens, heads, dim = q.shape
     kv_heads, slots, _ = keys.shape
@@ -75,6 +84,9 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
         out,
         parts,
         sums,
+        q if ahead is None else ahead,
+        0 if ahead is None else len(ahead),
+        0 if ahead is None else ahead.stride(0),
         tokens,
         slots,
         q.stride(0),
@@ -91,6 +103,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
         SPLITS=t.splits,
         STAGES=t.stages,
         AHEAD=t.ahead if keys.stride(1) == dim and slots >= t.block else 0,
+        FETCH=fetched_columns(ahead),
         num_warps=t.warps,
         **overlap(q.device),
     )
@@ -148,6 +161,9 @@ def _attend(
     out,
     parts,
     sums,
+    next_weight,
+    next_rows,
+    next_stride,
     tokens,
     slots,
     q_token,
@@ -164,6 +180,7 @@ def _attend(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
@@ -232,6 +249,10 @@ def _attend(
         v = tl.load(v_base + place, mask=used[:, None], other=0.0)
         acc, top, total = _absorb(q, k, v, tl.where(seen, 0.0, float("-inf")), acc, top, total, scale)
 
+    if FETCH > 0:
+        program = tile + tl.num_programs(0) * (head + tl.num_programs(1) * split)
+        programs = tl.num_programs(0) * tl.num_programs(1) * SPLITS
+        fetch_columns(next_weight, next_rows, next_stride, program, programs, FETCH)
     invite_next(OVERLAP)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = query * HEADS + head * GROUP + row % GROUP

@@ -17,7 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, prefetch, wait_for_previous
+from flashdrive_node.engine.kernels.triton_overlap import (
+    fetch_columns,
+    fetched_columns,
+    invite_next,
+    overlap,
+    prefetch,
+    wait_for_previous,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def tiling(count: int, size: int, out_size: int, processors: int) -> Tiling:
     return Tiling(64, block=128, splits=splits, warps=4, stages=6 if count <= 16 else 4)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Tensor:
+def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None, chosen: Tiling | None = None) -> Tensor:
     """See `linear.skinny_linear`; `chosen` replaces the tiling, for measurements."""
     (count, size), out_size = x.shape, len(weight)
     t = chosen or tiling(count, size, out_size, multiprocessors(x.device))
@@ -53,6 +60,9 @@ def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Te
         x,
         weight,
         parts,
+        weight if ahead is None else ahead,
+        0 if ahead is None else len(ahead),
+        0 if ahead is None else ahead.stride(0),
         count,
         size,
         out_size,
@@ -62,6 +72,7 @@ def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Te
         SPLITS=t.splits,
         STAGES=t.stages,
         AHEAD=t.ahead if size % 64 == 0 and size // t.splits >= t.ahead else 0,
+        FETCH=fetched_columns(ahead),
         num_warps=t.warps,
         **overlap(x.device),
     )
@@ -77,6 +88,9 @@ def _linear(
     x_ptr,
     weight,
     out,
+    next_weight,
+    next_rows,
+    next_stride,
     count,
     size,
     out_size,
@@ -86,6 +100,7 @@ def _linear(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -109,6 +124,9 @@ def _linear(
             x_ptr + token[None, :] * size + column[:, None], mask=within[:, None] & (token < count)[None, :], other=0.0
         )
         acc = tl.dot(w, x, acc)
+    if FETCH > 0:
+        program, programs = tl.program_id(0) + split * tl.num_programs(0), tl.num_programs(0) * SPLITS
+        fetch_columns(next_weight, next_rows, next_stride, program, programs, FETCH)
     invite_next(OVERLAP)
     place = (split * count + token)[None, :] * out_size + row[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < out_size)[:, None] & (token < count)[None, :])

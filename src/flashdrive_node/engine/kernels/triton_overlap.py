@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 #: Off until it is measured.
@@ -44,6 +45,26 @@ def invite_next(OVERLAP: tl.constexpr):
     """
     if OVERLAP:
         gdc_launch_dependents()
+
+
+#: Bytes of a weight that are worth fetching in advance: what a device reads while it changes from kernel to kernel.
+_FETCHED = 12 * 2**20
+
+
+def fetched_columns(weight: Tensor | None) -> int:
+    """Columns of a weight [N, K] that `fetch_columns` brings into the cache, a power of two; 0 where it cannot."""
+    if weight is None or weight.shape[1] % 64 or weight.stride(1) != 1 or not weight.is_cuda:
+        return 0
+    columns = max(_FETCHED // (len(weight) * weight.element_size()), 64)
+    return min(1 << columns.bit_length() - 1, 1 << weight.shape[1].bit_length() - 1)
+
+
+@triton.jit
+def fetch_columns(weight, rows, row_stride, program, programs, COLUMNS: tl.constexpr):
+    """Bring the first columns of a weight, of numbers of 2 bytes, into the L2 cache; every program some rows."""
+    row, line = tl.arange(0, 32)[:, None], tl.arange(0, COLUMNS // 64)[None, :] * 64
+    for first in range(program * 32, rows, programs * 32):
+        prefetch(weight + tl.minimum(first + row, rows - 1).to(tl.int64) * row_stride + line)
 
 
 @triton.jit
