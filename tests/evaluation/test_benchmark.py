@@ -14,24 +14,22 @@ from flashdrive_node.engine.protocol import Prediction
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.benchmark import (
-    CONFIGURATIONS,
     Measurement,
-    Procedure,
     StageTimes,
     _stages_ms,
     _take_ahead,
     make_engine,
     measure,
-    window_workload,
 )
 from flashdrive_node.evaluation.benchmark_figure import figure_png
 from flashdrive_node.evaluation.benchmark_report import STAGES, Report, markdown, read_report
-from flashdrive_node.evaluation.demo_model import small_alpamayo
+from flashdrive_node.evaluation.configurations import CONFIGURATIONS, Procedure, window_workload
 from flashdrive_node.evaluation.random_drive import RandomDrive
 from flashdrive_node.evaluation.random_networks import random_drafter, random_model
 from flashdrive_node.evaluation.roofline import Ceilings, stage_floors
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.source import read_config
+from support.narrow_release import small_alpamayo
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
 QUICK = ["--device", "cpu", "--precision", "float32", "--image-size", "180x320", "--runs", "2", "--warm-up", "1"]

@@ -104,6 +104,8 @@ def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
         (("--engine", "fake", "--device", "cuda:0,cuda:1"), "one device is required with --ros, found cuda:0,cuda:1"),
         (("--engine", "fake", "--size", "100x64"), "pictures need a width that is a multiple of 8"),
         (("--engine", "fake", "--rig", "nowhere"), "no rig of this name"),
+        (("--engine", "fake", "--first", "-3"), "with indices from 0 on, is required, found [-3, -2"),
+        (("--engine", "fake", "--answer-timeout", "0"), "answer timeout: more than 0 s is required, found 0.0"),
         (("--engine", "fake", "--policy", "expert"), "with --ros the node drives"),
         (("--engine", "fake", "--videos", "2"), "--videos needs a folder, --out"),
     ],

@@ -12,8 +12,9 @@ from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import EngineError
 from flashdrive_node.engine.settings import PlainSettings
-from flashdrive_node.evaluation.benchmark import CONFIGURATIONS, Procedure, conditions, measure, measure_load
+from flashdrive_node.evaluation.benchmark import conditions, measure, measure_load
 from flashdrive_node.evaluation.benchmark_report import Report, markdown, read_report
+from flashdrive_node.evaluation.configurations import CONFIGURATIONS, Procedure
 from flashdrive_node.evaluation.random_drive import RandomDrive
 from flashdrive_node.evaluation.random_networks import random_drafter, random_model, write_random_checkpoint
 from flashdrive_node.evaluation.roofline import measure_ceilings

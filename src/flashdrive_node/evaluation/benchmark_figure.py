@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib
 
-from flashdrive_node.evaluation.benchmark import CONFIGURATIONS, Measurement
+from flashdrive_node.evaluation.benchmark import Measurement
 from flashdrive_node.evaluation.benchmark_report import STAGES, Report
+from flashdrive_node.evaluation.configurations import CONFIGURATIONS
 
 #: Apart in lightness as well as in hue, so that they stay apart in grey and for colour-blind readers.
 _COLORS = {

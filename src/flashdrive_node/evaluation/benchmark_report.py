@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashdrive_node.evaluation.benchmark import CONFIGURATIONS, GIB, Measurement, StageTimes
+from flashdrive_node.evaluation.benchmark import GIB, Measurement, StageTimes
+from flashdrive_node.evaluation.configurations import CONFIGURATIONS
 from flashdrive_node.evaluation.roofline import Ceilings, Floor, Workload
 from flashdrive_node.model.errors import InputError
 

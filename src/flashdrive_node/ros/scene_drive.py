@@ -156,7 +156,7 @@ class SceneDrive:
         for place in (*unsent, FRAMES - 1):
             self.pictures = dict(zip(self._sensors.cameras, frames[:, place], strict=True))
             self._sensors.send_pictures(self.now_ns - (FRAMES - 1 - place) * DT_NS, self.pictures)
-        self._texts[self.now_ns] = text
+        self._texts[self.now_ns] = text if self._sensors.has_navigation else None
         self._texts.pop(self.now_ns - len(self.loop.states) * DT_NS, None)
         self._send_odometry(self.now_ns, self.loop.states[-2], self.loop.state)
 
@@ -188,12 +188,9 @@ class SceneDrive:
         if off_ns or not 0 <= back < len(self.loop.states):
             raise PlanError(f"a trajectory for the time of a recent picture is required, found t0 {plan.t0_ns} ns")
         start = self.loop.states[-1 - back]
-        plan = plan.seen_from(
-            self._sensors.base_frame, ODOMETRY_FRAME, (float(start.x), float(start.y), float(start.yaw))
-        )
-        after_s, xy, yaw, speed = (
-            torch.from_numpy(a).to(start.x) for a in (plan.after_s, plan.xy, plan.yaw, plan.speed)
-        )
+        plan = plan.seen_from(self._sensors.base_frame, ODOMETRY_FRAME, _pose(start))
+        rows = plan.after_s, plan.xy, plan.yaw, plan.speed
+        after_s, xy, yaw, speed = (torch.from_numpy(row).to(start.x) for row in rows)
         published = from_vehicle(start, after_s, xy[None], yaw[None], speed[None])
         self.loop.trajectory = newest(self.loop.trajectory, published)
         self._held_t0_ns = plan.t0_ns

@@ -118,8 +118,6 @@ def options_of(argv: list[str]) -> WorldOptions:
     parser.add_argument("--videos", type=int, default=0, help="so many scenes become an MP4")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    if args.scenes < 1 or args.first < 0:
-        raise InputError(f"--scenes must be at least 1 and --first 0, found {args.scenes} and {args.first}")
     return WorldOptions(
         out=args.out,
         run=RunSettings(args.split, args.seconds, batch=1),

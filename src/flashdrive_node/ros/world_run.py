@@ -16,6 +16,7 @@ from flashdrive_node.evaluation.closed_loop_run import RunSettings, SceneRow, ex
 from flashdrive_node.evaluation.drive_report import DriveReport, as_json, markdown
 from flashdrive_node.evaluation.drive_video import DriveVideo
 from flashdrive_node.evaluation.metrics import Percentiles
+from flashdrive_node.evaluation.picture_files import FORMATS
 from flashdrive_node.evaluation.world_views import world_cameras
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.ros.driver_link import DriverError, DriverLink
@@ -64,6 +65,26 @@ class WorldOptions:
     videos: int = 0
     #: No progress bars.
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without the rig.
+
+        Raises:
+            InputError: Values that make no sense; says what was required and found.
+        """
+        if not self.indices or min(self.indices) < 0:
+            raise InputError(f"scenes: at least one, with indices from 0 on, is required, found {list(self.indices)}")
+        if self.file_format not in FORMATS:
+            raise InputError(f"pictures: one of {', '.join(FORMATS)} is required, found {self.file_format!r}")
+        if self.videos < 0:
+            raise InputError(f"videos: at least 0 is required, found {self.videos}")
+        for name, value in (
+            ("answer timeout", self.mode.answer_timeout_s),
+            ("ready timeout", self.ready_timeout_s),
+            ("silence", self.silence_s),
+        ):
+            if not value > 0:
+                raise InputError(f"{name}: more than 0 s is required, found {value}")
 
 
 @dataclass

@@ -52,6 +52,11 @@ class WorldSensors:
         if rig.navigation_topic is not None:
             self._navigation = node.create_publisher(String, rig.navigation_topic, QoSProfile(depth=5))
 
+    @property
+    def has_navigation(self) -> bool:
+        """Whether the rig has a topic for navigation texts."""
+        return self._navigation is not None
+
     def unheard(self) -> list[str]:
         """Topics of cameras and odometry that nobody subscribes to."""
         required = [self._odometry, *self._pictures.values()]
