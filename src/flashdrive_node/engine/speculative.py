@@ -298,6 +298,11 @@ class TextDecoder:
         states = taps.states() if layer_ids else hidden[:, :0]
         return hidden, states.unflatten(0, (rows, size))
 
+    def rehearse(self) -> None:
+        """Run what few texts need, so that it is captured: call twice behind a text."""
+        self._tail.zero_()
+        self.graphs.run((self, "tail"), self._run_tail)
+
     def _run_tail(self) -> None:
         """Put one more token of each text into the cache."""
         self._run(self._tail[0][:, None], self._tail[1], ())

@@ -10,6 +10,7 @@ older window; only image tokens are kept.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -92,7 +93,7 @@ class Stream:
         #: Of `tapped`, for the last window: [tokens, layers * hidden].
         self.states: Tensor | None = None
         # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
-        self._placed: dict[Hashable, tuple[WindowPlan, WindowPlan]] = {}
+        self._placed: OrderedDict[Hashable, tuple[WindowPlan, WindowPlan]] = OrderedDict()
         # Layout and stamps of the last window, or None where nothing may be kept.
         self._prompt: Prompt | None = None
         self._stamps: tuple[tuple[int, ...], ...] | None = None
@@ -154,13 +155,16 @@ class Stream:
             features: Of that frame.
 
         Returns:
-            False where nothing was done, because the frame is no newer one or the mode keeps no keys and values.
+            False where nothing was done, because the frame is no newer one or of another size, the camera is the last,
+            or the mode keeps no keys and values.
         """
         stamps, prompt, camera = self._stamps, self._prompt, self._ahead
         if stamps is None or prompt is None or camera_index != self.next_camera:
             raise ValueError(f"camera {self.next_camera} is required, found {camera_index}")
         if self.settings.mode != "kv" or camera + 1 == len(stamps) or stamp_ns <= stamps[camera][-1]:
             return False
+        if len(features.embeds) != prompt.images[camera * prompt.frames_per_camera].count:
+            return False  # a picture of another size starts the stream anew, with its window
         still: tuple[int | None, ...] = tuple(range(prompt.frames_per_camera))
         sources = tuple((*still[1:], None) if i == camera else still for i in range(len(stamps)))
         plan = plan_window(prompt, sources, "kv", (), self.model.device, (camera, camera + 1))
@@ -180,7 +184,7 @@ class Stream:
         self._room_for(plan)
         if len(plan.moves.target):
             placed = self._place(plan)
-            self.graphs.run((self, "age", plan.structure), lambda: self._age(placed))
+            self.graphs.run((self, "age", placed), lambda: self._age(placed))
         self._aged = plan
 
     def prefill(
@@ -221,7 +225,7 @@ class Stream:
         self._aged = None
         self._take_features(plan, features)
         placed = self._place(plan)
-        self.graphs.run((self, "rows", plan.structure), lambda: self._compute(placed))
+        self.graphs.run((self, "rows", placed), lambda: self._compute(placed))
 
     def _place(self, plan: WindowPlan) -> WindowPlan:
         """The plan in tensors that are the same ones for all plans of its structure, as a graph needs it."""
@@ -230,6 +234,9 @@ class Stream:
         structure = plan.structure
         if structure not in self._placed:
             self._placed[structure] = plan.clone(), plan
+            if len(self._placed) > self.graphs.limit:  # a graph of it goes on having its own
+                self._placed.popitem(last=False)
+        self._placed.move_to_end(structure)
         placed, filled_from = self._placed[structure]
         if filled_from is not plan:
             for target, source in zip(placed.tensors, plan.tensors, strict=True):

@@ -63,9 +63,9 @@ class Encoded:
 class StreamingEngine(PlainEngine):
     """Engine protocol over a stream of windows."""
 
-    #: The first window computes everything, the others what a new frame per camera takes. A stage is captured the
-    #: second time that it runs, and the third shows it at work.
-    warm_up_windows = 4
+    #: Two windows compute everything, the others what a new frame per camera takes. A stage is captured the second time
+    #: that it runs, and the third shows it at work.
+    warm_up_windows = 5
 
     def __init__(self, settings: StreamingSettings, loaded: LoadedModel | None = None, drafter: Drafter | None = None):
         """`loaded` and `drafter` are networks to use in place of the settings' files."""
@@ -100,9 +100,17 @@ class StreamingEngine(PlainEngine):
     def warm_up(self, progress: Progress | None = None) -> None:
         """Grey windows through every stage; on a GPU the stages are captured meanwhile."""
         super().warm_up(progress)
+        if self._stages is not None:
+            with torch.inference_mode():
+                for _ in range(2):
+                    self._stages.decoder.rehearse()
         if self.graphs is not None and progress:
             captures, seconds = self.graphs.captures, self.graphs.capture_s
             progress(1.0, f"warm, {captures} stages captured in {seconds:.1f} s" if captures else "warm")
+
+    def _grey_window(self, window: int) -> Observation:
+        # The second one has no frame of the first.
+        return super()._grey_window(window + self.settings.frames if window else 0)
 
     def step(self, observation: Observation) -> Prediction:
         """Answer one observation; what it has in common with the last one is not computed again."""
