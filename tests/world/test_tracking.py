@@ -170,6 +170,20 @@ def test_it_stops_where_the_plan_stops(every: int) -> None:
     assert float(state.x) == pytest.approx(4.0, abs=0.12)
 
 
+def test_it_does_not_start_long_before_the_plan() -> None:
+    """Every step brings a plan that starts 1 s after the first one's t0, as the expert does at a stop sign."""
+    scene, state = standing(0.0)
+    begun = state.time_s
+    while float(state.speed) < 0.1:
+        until = 1.0 - float(state.time_s - begun)
+        assert until > -0.5
+        speed = state.speed + 1.6 * (AFTER_S - until).clamp(min=0)
+        x = 0.1 * speed.cumsum(0)
+        plan = from_vehicle(state, AFTER_S, torch.stack((x, 0 * x), dim=1)[None], 0 * x[None], speed[None])
+        state, _ = advance(scene, state, track(plan, state).action)
+    assert float(state.time_s - begun) > 0.8
+
+
 def test_it_starts_from_a_standstill() -> None:
     scene, state = standing(0.0)
     speed = 1.5 * AFTER_S
