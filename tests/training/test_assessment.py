@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flashdrive_node.engine.batched_policy import Plan
+from flashdrive_node.evaluation.history_baseline import HistoryBaseline
 from flashdrive_node.training.assessment import assess, stated
-from flashdrive_node.training.history_baseline import HistoryBaseline
 from flashdrive_node.training.training_log import Stopwatch, TrainingLog, mean_rows
 from training.conftest import noisy_pictures
 

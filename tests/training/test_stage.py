@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flashdrive_node.cli.main import main
+from flashdrive_node.evaluation.history_baseline import load_history_baseline
 from flashdrive_node.model.errors import CheckpointError
 from flashdrive_node.model.loading import load_alpamayo
-from flashdrive_node.training.history_baseline import load_history_baseline
 from flashdrive_node.training.stage import run_stage
 from flashdrive_node.training.vla import TrainingSettings
 from support.tiny_dimensions import TINY

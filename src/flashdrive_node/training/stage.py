@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline, load_history_baseline
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.model.tokenizer import AlpamayoTokenizer, load_tokenizer
 from flashdrive_node.training.architecture import alpamayo_small
-from flashdrive_node.training.history_baseline import FILE_NAME, HistoryBaseline, load_history_baseline
 from flashdrive_node.training.initial_weights import new_model
 from flashdrive_node.training.losses import AuxiliaryHeads
 from flashdrive_node.training.vla import CHECKPOINT, HEADS_FILE, Rank, TrainingSettings, VlaTrainer

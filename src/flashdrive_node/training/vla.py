@@ -14,6 +14,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from flashdrive_node.engine.batched_policy import RELEASE_CAMERAS, BatchedPolicy
+from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.prompt_batch import PromptLayout
@@ -22,7 +23,6 @@ from flashdrive_node.training.architecture import IMAGE_SIZE
 from flashdrive_node.training.assessment import assess
 from flashdrive_node.training.closed_loop_supply import ClosedLoopSupply, LoopSettings
 from flashdrive_node.training.drives import DriveJob
-from flashdrive_node.training.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.training.losses import AuxiliaryHeads, losses, total
 from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.pictures import Photographer, retouch
