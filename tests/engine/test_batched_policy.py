@@ -10,7 +10,6 @@ from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.engine.settings import PlainSettings
-from flashdrive_node.evaluation.demo_model import small_alpamayo
 from flashdrive_node.model import batched, inference
 from flashdrive_node.model.action_space import yaw_matrix
 from flashdrive_node.model.errors import InputError, ModelError, PromptError
@@ -19,6 +18,7 @@ from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.prompt import driving_prompt, fuse_history
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.model.tokenizer import prompt_subset_tokenizer
+from support.narrow_release import small_alpamayo
 from support.small_models import random_model
 
 NAV = ["Turn left in 37m", None, "Continue straight"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashdrive_node.engine.kernels import backend
 from flashdrive_node.engine.kernels.attention import attend_visible
@@ -54,3 +56,25 @@ def test_the_reference_has_the_bits_of_the_plain_path():
     visible = up_to(torch.arange(8, 13))
     mask = group_mask(visible.mask(30), 2, q.dtype)
     assert torch.equal(attend_visible(q, k, v, visible), attend(q, k, v, mask))
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.integers(1, 4000), group=st.integers(1, 8), heads=st.integers(1, 16), slots=st.integers(1, 9000))
+def test_attention_tilings_fit_the_device(tokens, group, heads, slots):
+    triton_attention = pytest.importorskip("flashdrive_node.engine.kernels.triton_attention")
+    t = triton_attention.tiling(tokens, group, heads, slots, processors=132)
+    assert all(n & (n - 1) == 0 for n in (t.rows, t.block, t.warps))
+    assert t.rows >= 16
+    # Splitting serves to fill a device, not to queue up on it.
+    tiles = -(-tokens * group // t.rows) * heads
+    assert t.splits == 1 or tiles * t.splits <= 132
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(1, 64), size=st.integers(1, 20000), out_size=st.integers(1, 200000))
+def test_product_tilings_leave_work_for_every_part(count, size, out_size):
+    triton_linear = pytest.importorskip("flashdrive_node.engine.kernels.triton_linear")
+    t = triton_linear.tiling(count, size, out_size, processors=132)
+    assert all(n & (n - 1) == 0 for n in (t.rows, t.block, t.warps))
+    assert 1 <= t.splits <= 4
+    assert t.splits == 1 or t.splits * 512 < size + 512

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from flashdrive_node.engine import plain
 from flashdrive_node.engine.plain import PlainEngine, PlainSettings
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, Observation
-from flashdrive_node.evaluation.demo_model import write_random_checkpoint
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.presets import alpamayo_1_5_10b, alpamayo_r1_10b
 from flashdrive_node.model.sampling import SamplingSettings
+from support.narrow_release import write_random_checkpoint
 
 RECORDING = Path(__file__).parents[1] / "data" / "oracle_small"
 GREEDY = SamplingSettings(top_k=1, max_length=19)

@@ -12,13 +12,13 @@ import torch
 from flashdrive_node.cli.main import main
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
+from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.evaluation.policies import ConstantVelocity, make_policy, medoid
 from flashdrive_node.model.action_space import yaw_matrix
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.training.architecture import alpamayo_small
-from flashdrive_node.training.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.training.initial_weights import new_model
 from flashdrive_node.training.vocabulary import build_tokenizer
 from support.tiny_dimensions import TINY

@@ -1,4 +1,4 @@
-"""The two commands that run the whole node on made-up input."""
+"""The two commands that run the whole node on what the package carries."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from flashdrive_node.evaluation.demo_model import small_alpamayo, write_random_checkpoint
-from flashdrive_node.evaluation.replay_report import RANDOM_WEIGHTS, read_outputs
-from flashdrive_node.model.presets import alpamayo_1_5_10b
+from flashdrive_node.bundled import bundled_checkpoint
+from flashdrive_node.evaluation.replay_report import read_outputs
 from flashdrive_node.runtime.bag import open_bag
 from support.commands import run
 
@@ -16,33 +15,27 @@ CLI = "flashdrive_node.cli.main"
 
 
 @pytest.mark.ros
-def test_demo_leaves_video_bag_and_honest_reports(tmp_path: Path) -> None:
+def test_demo_drives_the_bundled_model_and_leaves_video_bag_and_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    said = run(tmp_path, CLI, "demo", "--out", out, "--seconds", 2.2, "--rate", 0.3, "--quiet", timeout_s=200.0)
+    said = run(tmp_path, CLI, "demo", "--out", out, "--seconds", 2.4, "--rate", 0.4, "--quiet", timeout_s=200.0)
     assert said.returncode == 0, said.stdout + said.stderr
     for name in ("demo.mp4", "summary.png", "report.html", "outputs"):
         assert str(out / name) in said.stdout
         assert (out / name).exists()
     report = json.loads((out / "report.json").read_text())
-    assert report["notes"] == [RANDOM_WEIGHTS]
-    assert report["engine"]["name"] == "plain alpamayo1_5"
+    assert (report["notes"], report["problem"]) == ([], "")
+    assert report["engine"]["checkpoint"] == str(bundled_checkpoint())
     assert len(report["engine"]["sha256"]) == 64
     assert report["published"] >= 1
+    # The road ahead is free: any model that drives at all is right about that.
     assert report["reasoning"]["compared"] == report["published"]
+    assert report["reasoning"]["same_cause"] == 1.0
+    assert report["ade_m"]["3 s"] < 0.5
     assert len(read_outputs(out / "outputs").records) == report["published"]
     with open_bag(out / "outputs") as reader:
         assert "/flashdrive_node/output/trajectory" in reader.topics
     video = cv2.VideoCapture(str(out / "demo.mp4"))
-    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 23  # 2.2 s at 10 Hz, both ends
-
-
-def test_random_model_is_the_release_in_everything_but_width(tmp_path: Path) -> None:
-    small, release = small_alpamayo(), alpamayo_1_5_10b()
-    for name in ("tokens", "action_space", "flow", "history_tokenizer", "min_pixels", "max_pixels"):
-        assert getattr(small, name) == getattr(release, name)
-    first, second = write_random_checkpoint(tmp_path / "a"), write_random_checkpoint(tmp_path / "b")
-    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
-    assert [(first / f).read_bytes() == (second / f).read_bytes() for f in files] == [True] * len(files)
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == 25  # 2.4 s at 10 Hz, both ends
 
 
 @pytest.mark.ros

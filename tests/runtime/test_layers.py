@@ -13,6 +13,8 @@ import flashdrive_node
 
 PACKAGE = Path(flashdrive_node.__file__).parent
 LAYERS = ("model", "engine", "runtime", "ros", "cli")
+#: What stands beside the layers, and what it must not import.
+BESIDE = {"evaluation": ("ros", "cli", "training"), "training": ("ros", "cli")}
 ROS_PREFIXES = ("rclpy", "launch", "ament_index_python", "rosgraph_msgs", "lifecycle_msgs", "builtin_interfaces")
 
 
@@ -35,6 +37,14 @@ def test_nothing_imports_upwards(layer: str) -> None:
     above = tuple(f"flashdrive_node.{name}" for name in LAYERS[LAYERS.index(layer) + 1 :])
     for path in files:
         found = [name for name in imported(path) if name.startswith(above)] if above else []
+        assert not found, f"{path} imports {found}"
+
+
+@pytest.mark.parametrize("part", BESIDE)
+def test_evaluation_and_training_stand_beside_the_node(part: str) -> None:
+    forbidden = tuple(f"flashdrive_node.{name}" for name in BESIDE[part])
+    for path in sorted((PACKAGE / part).rglob("*.py")):
+        found = [name for name in imported(path) if name.startswith(forbidden)]
         assert not found, f"{path} imports {found}"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashdrive_node.evaluation.history_baseline import HistoryBaseline, load_history_baseline, route_features
 from flashdrive_node.model.errors import CheckpointError
-from flashdrive_node.training.history_baseline import HistoryBaseline, load_history_baseline, route_features
 
 
 @pytest.fixture

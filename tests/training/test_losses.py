@@ -50,18 +50,19 @@ def test_flow_losses_are_least_for_the_right_velocity(model, heads, batch, scrib
     # An error of one everywhere: its sums grow along the path.
     monkeypatch.setattr(module.batched, "velocity_field", lambda *args: lambda x, t: perfect(*args)(x, t) + 1)
     parts = of(model, heads, batch, scribe)
-    assert parts["flow"] == pytest.approx(1, rel=1e-3)
+    assert float(parts["flow"]) == pytest.approx(1, rel=1e-3)
     sums = torch.arange(1, 65.0) / 8
-    assert parts["path"] == pytest.approx(float(sums.square().mean()), rel=1e-3)
+    assert float(parts["path"]) == pytest.approx(float(sums.square().mean()), rel=1e-3)
 
 
 def test_read_outs_of_nothing_know_nothing(model, heads, batch, scribe):
     parts = of(model, heads, batch, scribe)
     assert parts.keys() == WEIGHTS.keys()
     logarithms = torch.tensor([13.0, 4, 6, 3]).log().mean()
-    assert parts["decision"] == pytest.approx(float(logarithms), rel=1e-4)
-    assert parts["seen"] == pytest.approx(float(parts["understood"]), rel=1e-5)
-    assert total(parts) == pytest.approx(sum(WEIGHTS[name] * float(value) for name, value in parts.items()), rel=1e-5)
+    assert float(parts["decision"]) == pytest.approx(float(logarithms), rel=1e-4)
+    assert float(parts["seen"]) == pytest.approx(float(parts["understood"]), rel=1e-5)
+    expected = sum(WEIGHTS[name] * float(value) for name, value in parts.items())
+    assert float(total(parts)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_unknown_geometry_does_not_count(model, heads, batch, scribe):

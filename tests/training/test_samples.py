@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from flashdrive_node.evaluation.history_baseline import route_features
 from flashdrive_node.model.history_tokens import encode_history
-from flashdrive_node.training.history_baseline import route_features
 from flashdrive_node.training.pictures import Photographer, presence_of, retouch
 from flashdrive_node.training.replay_buffer import ANSWER_TOKENS, ReplayBuffer
 from flashdrive_node.training.supply import DriveSupply, Fresh, MixedSupply

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flashdrive_node.cli.main import main
+from flashdrive_node.evaluation.history_baseline import load_history_baseline
 from flashdrive_node.model.errors import CheckpointError
 from flashdrive_node.model.loading import load_alpamayo
-from flashdrive_node.training.history_baseline import load_history_baseline
 from flashdrive_node.training.stage import run_stage
 from flashdrive_node.training.vla import TrainingSettings
 from support.tiny_dimensions import TINY
@@ -51,6 +51,9 @@ def test_a_stage_goes_on_from_another(stage, tmp_path):
     similar = torch.stack([torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in weights if a.any()])
     assert similar.median() > 0.99
     assert not all(torch.equal(a, b) for a, b in weights)
+    # So does the baseline, whose weights would otherwise be drawn anew.
+    old, new = (load_history_baseline(d / "history_baseline.safetensors") for d in (out, tmp_path / "next"))
+    assert torch.cosine_similarity(old.out.weight.flatten(), new.out.weight.flatten(), dim=0) > 0.9
 
 
 def test_a_used_directory_is_refused(stage, tmp_path):

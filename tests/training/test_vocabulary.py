@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from flashdrive_node.evaluation.demo_model import small_alpamayo
 from flashdrive_node.model.config_parser import parse_config
 from flashdrive_node.model.errors import PromptError
 from flashdrive_node.model.prompt import CAMERA_NAMES, INSTRUCTION, SYSTEM_TEXT, driving_prompt, question_prompt
@@ -22,6 +21,7 @@ from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.episode import record
 from flashdrive_node.world.scenario import sample_scenes
 from flashdrive_node.world.wording import every_instruction, every_sentence
+from support.narrow_release import small_alpamayo
 from support.qwen_vocabulary import QWEN_SPECIAL
 
 BINS = 600

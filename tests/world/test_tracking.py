@@ -152,6 +152,48 @@ def test_a_trajectory_that_is_not_finite_is_none(bad: float) -> None:
     assert torch.equal(newest(broken, good).x, good.x)
 
 
+@pytest.mark.parametrize("every", [1, 100])
+def test_it_stops_where_the_plan_stops(every: int) -> None:
+    """Also where every step brings a new plan, and an error of the position never shows."""
+    scene, state = standing(4.0)
+
+    def plan(state: State) -> Trajectory:
+        speed = (state.speed - 2.0 * AFTER_S).clamp(min=0)
+        x = (state.speed**2 - speed**2) / 4.0
+        return from_vehicle(state, AFTER_S, torch.stack((x, 0 * x), dim=1)[None], 0 * x[None], speed[None])
+
+    followed = plan(state)
+    for step in range(40):
+        followed = plan(state) if step % every == 0 else followed
+        state, _ = advance(scene, state, track(followed, state, max_age_s=10.0).action)
+    assert float(state.speed) < 0.02
+    assert float(state.x) == pytest.approx(4.0, abs=0.12)
+
+
+def test_it_does_not_start_long_before_the_plan() -> None:
+    """Every step brings a plan that starts 1 s after the first one's t0, as the expert does at a stop sign."""
+    scene, state = standing(0.0)
+    begun = state.time_s
+    while float(state.speed) < 0.1:
+        until = 1.0 - float(state.time_s - begun)
+        assert until > -0.5
+        speed = state.speed + 1.6 * (AFTER_S - until).clamp(min=0)
+        x = 0.1 * speed.cumsum(0)
+        plan = from_vehicle(state, AFTER_S, torch.stack((x, 0 * x), dim=1)[None], 0 * x[None], speed[None])
+        state, _ = advance(scene, state, track(plan, state).action)
+    assert float(state.time_s - begun) > 0.8
+
+
+def test_it_starts_from_a_standstill() -> None:
+    scene, state = standing(0.0)
+    speed = 1.5 * AFTER_S
+    x = 0.75 * AFTER_S**2
+    plan = from_vehicle(state, AFTER_S, torch.stack((x, 0 * x), dim=1)[None], 0 * x[None], speed[None])
+    after = drive_plan(scene, state, plan, 20)[-1]
+    assert float(after.speed) == pytest.approx(3.0, abs=0.1)
+    assert float(after.x) == pytest.approx(3.0, abs=0.1)
+
+
 def test_a_standing_plan_holds_the_vehicle() -> None:
     scene, state = standing(0.0)
     zero = torch.zeros(1, 64)

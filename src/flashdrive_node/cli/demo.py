@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
     """Play the drive through the node; both run as processes of their own."""
-    from flashdrive_node.evaluation.demo_model import write_random_checkpoint
-    from flashdrive_node.evaluation.replay_report import RANDOM_WEIGHTS, make_report
+    from flashdrive_node.evaluation.replay_report import make_report
     from flashdrive_node.ros.player import PlayOptions
     from flashdrive_node.ros.replay import replay
     from flashdrive_node.ros.session import SessionOptions
@@ -74,14 +73,6 @@ def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
     parameters: dict[str, object] = {"engine": "plain", "checkpoint": args.checkpoint, "device": args.device}
     # A machine without a GPU takes a while for a window, and shows the same results on every run.
     parameters |= {"max_result_age_s": 20.0, "temperature": 0.0}
-    notes = []
-    if args.checkpoint == BUNDLED and not bundled_checkpoint().is_dir():
-        shutil.rmtree(args.out / "random_checkpoint", ignore_errors=True)
-        parameters["checkpoint"] = str(write_random_checkpoint(args.out / "random_checkpoint"))
-        # An untrained network does not end its sentences, and plans what no vehicle could drive.
-        parameters |= {"max_generation_length": 12, "require_complete_reasoning": False}
-        parameters |= {"max_acceleration": 20.0, "max_curvature": 2.0}
-        notes.append(RANDOM_WEIGHTS)
     result = replay(
         PlayOptions(bag, _RIG, rate=args.rate, duration_s=args.seconds),
         SessionOptions(_RIG, args.out, parameters=parameters),
@@ -92,7 +83,7 @@ def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
     if result.interrupted:
         raise KeyboardInterrupt
     played = dataclasses.asdict(result.played)
-    return make_report(bag, result.outputs, load_rig(_RIG), played, result.problem, notes)
+    return make_report(bag, result.outputs, load_rig(_RIG), played, result.problem)
 
 
 def _write_report(report: ReplayReport, out: Path) -> Path:

@@ -15,7 +15,7 @@ from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.sampling import SamplingSettings
 
 #: Options of the streaming engine, which the plain one does not take.
-_STREAMING = ("stream_mode", "refresh_every", "refresh_views", "flow_schedule", "drafter", "shared_text")
+_STREAMING = ("stream_mode", "refresh_every", "refresh_views", "flow_schedule", "drafter", "shared_text", "eager")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--flow-schedule", metavar="TEXT", help="streaming: flow steps to evaluate, such as 8:0,1,2,7")
     group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a DFlash drafter")
     group.add_argument("--shared-text", action="store_true", help="streaming: one text for all samples")
+    group.add_argument("--eager", action="store_true", help="streaming: stages are not captured as graphs on a GPU")
     group.add_argument("--flow-steps", type=int, metavar="N", help="flow steps (default: the checkpoint's)")
     group.add_argument("--overlay", type=Path, metavar="PATH", help="fine-tuned expert to put over the checkpoint's")
     group.add_argument("--samples", type=int, default=6, help="trajectories per window (default: 6)")
@@ -69,7 +70,12 @@ def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> Pl
     stream = StreamSettings(args.stream_mode or "features", args.refresh_every or 0, args.refresh_views)
     schedule = FlowSchedule.parse(args.flow_schedule) if args.flow_schedule else None
     return StreamingSettings(
-        stream=stream, schedule=schedule, drafter=args.drafter, shared_text=args.shared_text, **common
+        stream=stream,
+        schedule=schedule,
+        drafter=args.drafter,
+        shared_text=args.shared_text,
+        graphs=not args.eager,
+        **common,
     )
 
 

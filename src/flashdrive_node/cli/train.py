@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from flashdrive_node.cli import train_drafter
+from flashdrive_node.cli import train_drafter, train_streaming
 from flashdrive_node.model.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "drafter", help="a drafter for speculative decoding, on texts that a checkpoint writes"
     )
     train_drafter.add_arguments(drafter)
+    streaming = actions.add_parser("streaming", help="the action expert of a checkpoint, fine-tuned to streams")
+    train_streaming.add_arguments(streaming)
     vla.add_argument("out", type=Path, metavar="DIR", help="new directory for checkpoint, history baseline and log")
     vla.add_argument("--minutes", type=float, default=10.0, help="time of training, behind start-up (default: 10)")
     vla.add_argument("--resume", type=Path, metavar="DIR", help="directory of an earlier stage to go on from")
@@ -32,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--own-drives", type=float, default=0.0, help="share of windows from the model's own drives (default: 0)"
     )
     vla.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
-    vla.add_argument("--batch", type=int, default=128, help="windows per step and GPU (default: 128)")
-    vla.add_argument("--reuse", type=float, default=4.0, help="uses of every window on average (default: 4)")
+    vla.add_argument("--batch", type=int, default=96, help="windows per step and GPU (default: 96)")
+    vla.add_argument("--reuse", type=float, default=2.5, help="uses of every window on average (default: 2.5)")
     vla.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate (default: 0.0012)")
     vla.add_argument("--buffer", type=int, default=16384, help="windows kept, 2.2 MB each (default: 16384)")
     vla.add_argument("--workers", type=int, default=8, help="processes per GPU that compute drives (default: 8)")
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is asked for."""
-    return train_drafter.run(args) if args.what == "drafter" else _vla(args)
+    others = {"drafter": train_drafter.run, "streaming": train_streaming.run}
+    return others.get(args.what, _vla)(args)
 
 
 def _vla(args: argparse.Namespace) -> int:

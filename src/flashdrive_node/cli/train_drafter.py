@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="DIR", help="drafter to go on from")
     parser.add_argument("--texts", type=int, default=20000, help="texts to learn from (default: 20000)")
     parser.add_argument("--held-out", type=int, default=1000, help="texts of other clips to measure on (default: 1000)")
+    parser.add_argument(
+        "--writing-minutes", type=float, default=math.inf, help="of writing at most (default: no limit)"
+    )
     parser.add_argument("--temperature", type=float, default=0.6, help="of the deployment; 0 is greedy (default: 0.6)")
     parser.add_argument("--max-length", type=int, default=64, help="longest text, tokens (default: 64)")
     parser.add_argument("--layers", type=int, default=1, help="decoder layers (default: 1)")
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         loaded.tokenizer,
         temperature=args.temperature,
         seed=args.seed,
-        cameras=RELEASE_CAMERAS if source is None else [camera.index for camera in source.rig.cameras],
+        cameras=RELEASE_CAMERAS if source is None else source.camera_indices,
         max_length=args.max_length,
     )
     config = loaded.model.config
@@ -91,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         texts=args.texts,
         held_out=args.held_out,
+        writing_minutes=args.writing_minutes,
         batch=args.batch,
         rate=args.rate,
         matrix_rate=args.matrix_rate,
@@ -106,7 +111,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("minutes", "texts", "held_out", "max_length", "batch", "rate", "matrix_rate", "windows", "gamma"):
+    for name in (
+        "minutes",
+        "writing_minutes",
+        "texts",
+        "held_out",
+        "max_length",
+        "batch",
+        "rate",
+        "matrix_rate",
+        "windows",
+        "gamma",
+    ):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, found {getattr(args, name)}")
     if args.steps is not None and args.steps < 1:

@@ -71,6 +71,7 @@ class BagClips:
             raise InputError(f"bags of different names and clips of 1 window or more are required, found {names}")
         self.name = f"bags {', '.join(names)}"
         self.bags, self.rig, self.windows = list(bags), rig, windows
+        self.camera_indices = tuple(camera.index for camera in rig.cameras)
         self.settings = settings or PipelineSettings()
 
     def __len__(self) -> int:

@@ -67,6 +67,8 @@ class ClipSource(Protocol):
 
     #: For reports, for example "world test:0-199".
     name: str
+    #: Cameras of every window, ascending.
+    camera_indices: tuple[int, ...]
 
     def clips(self) -> Iterator[Clip]:
         """All clips in a fixed order. Taking the next one ends the last, used up or not."""

@@ -38,7 +38,7 @@ def figure_png(report: OpenLoopReport) -> bytes:
         shares = ("cause_right", "decision_right")
         bars(axis, names, {TEXTS[name]: [tables[policy][label][name] for label in labels] for name in shares}, 100)
         axis.set(title=f"{policy}: what the text says", ylabel="%")
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, loc="lower right")
         _confusion(figure.add_subplot(grid[2 + 2 * number]), report.confusion(policy), policy)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
@@ -54,7 +54,8 @@ def _confusion(axis: Any, table: dict[str, dict[str, int]], policy: str) -> None
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for row, column in zip(*np.nonzero(counts), strict=True):
         color = "white" if shares[row, column] > 60 else "black"
-        axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=8, color=color)
+        share = f"{shares[row, column]:.0f}" if shares[row, column] >= 0.5 else "<1"
+        axis.text(column, row, share, ha="center", va="center", fontsize=8, color=color)
     axis.set_xticks(range(len(stated)), [_title(one) for one in stated], fontsize=8)
     axis.set_yticks(range(len(truths)), [_title(one).replace("\n", " ") for one in truths], fontsize=8)
     axis.set(title=f"{policy}: decision stated in place of each one, %", xlabel="stated", ylabel="the expert's")

@@ -61,6 +61,7 @@ class PhysicalAIClips:
             raise InputError(f"clips of 1 window or more are required, found {windows}")
         self.dataset = open_dataset(directory)
         self.cameras = sorted(cameras, key=lambda name: CAMERA_INDICES[name])
+        self.camera_indices = tuple(CAMERA_INDICES[name] for name in self.cameras)
         needed = [*self.cameras, "egomotion"]
         known = self.dataset.clip_ids()
         if unknown := sorted(set(clip_ids or ()) - set(known)):

@@ -13,10 +13,10 @@ from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
 from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
+from flashdrive_node.evaluation.history_baseline import FILE_NAME as HISTORY_FILE
+from flashdrive_node.evaluation.history_baseline import HistoryBaseline, load_history_baseline
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import load_alpamayo
-from flashdrive_node.training.history_baseline import FILE_NAME as HISTORY_FILE
-from flashdrive_node.training.history_baseline import HistoryBaseline, load_history_baseline
 from flashdrive_node.world.episode import FUTURE
 from flashdrive_node.world.scene import DT_S
 

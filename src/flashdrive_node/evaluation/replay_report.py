@@ -22,11 +22,7 @@ from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.runtime.bag import DIAGNOSTICS, messages, open_bag
 from flashdrive_node.runtime.rig import Rig
 
-#: What random weights mean for a reader of the report.
-RANDOM_WEIGHTS = (
-    "The weights of this model are random: its trajectories and texts mean nothing. Everything around them (topics, "
-    "frame choice, ego history, checks, timing, recording) is the real thing."
-)
+#: What the stand-in means for a reader of the report.
 FAKE_ENGINE = (
     "The engine of this run is the stand-in without a model: it continues the measured speed and yaw rate of the ego "
     "history and looks at no image. Everything around it is the real thing."

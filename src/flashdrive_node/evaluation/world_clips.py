@@ -55,6 +55,7 @@ class WorldClips:
                 f"a multiple of 8 are required, found {split!r}, {windows} and {size[0]} x {size[1]}"
             )
         self.name = f"world {split}:{indices.start}-{indices.stop - 1}"
+        self.camera_indices = tuple(camera.index for camera in CAMERAS)
         self.split, self.indices, self.windows = split, indices, windows
         self.size, self.device, self.compiled = size, torch.device(device), compiled
 

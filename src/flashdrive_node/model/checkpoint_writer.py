@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -63,13 +63,14 @@ def save_checkpoint(
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     specs = [
-        TensorSpec(slot.name, slot.shape, dtype or tensors[slot.target].dtype, partial(_take, slot, tensors))
+        TensorSpec(slot.name, slot.shape, dtype or tensors[slot.target].dtype, partial(released, slot, tensors))
         for slot in release_slots(config)
     ]
     return _write(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
 
 
-def _take(slot: TensorSlot, tensors: dict[str, Tensor]) -> Tensor:
+def released(slot: TensorSlot, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A tensor as the files have it, out of the modules' tensors by name."""
     return place_of(slot, tensors[slot.target].detach()).view(slot.shape)
 
 

@@ -264,6 +264,9 @@ def _environment(options: SessionOptions) -> dict[str, str]:
     environment["ROS_DOMAIN_ID"] = str(options.domain_id)
     environment["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     environment.setdefault("ROS_LOG_DIR", str(options.folder / "ros_log"))
+    # Threads of a computation on the CPU that wait for each other would otherwise do so at full load, and take the
+    # cores from the player and the decoding: five times the time for a window on two busy cores.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
 

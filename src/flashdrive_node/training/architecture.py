@@ -16,8 +16,8 @@ from flashdrive_node.training.vocabulary import VocabularyLayout
 #: Width and height of the pictures that it sees.
 IMAGE_SIZE = (288, 160)
 
-#: Mean and standard deviation of the expert's acceleration, m/s^2, and curvature, 1/m, over 6.4 s behind the windows
-#: that are trained on.
+#: What actions are normalised by: about the spread of the expert's acceleration (m/s^2) over 6.4 s behind windows that
+#: are trained on, and of its curvature (1/m) there outside turns.
 _ACTION_STATISTICS = {"accel_mean": 0.0, "accel_std": 1.1, "curvature_mean": 0.0, "curvature_std": 0.025}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.engine.batched_policy import BatchedPolicy
-from flashdrive_node.training.history_baseline import HistoryBaseline
+from flashdrive_node.evaluation.history_baseline import HistoryBaseline
 from flashdrive_node.training.replay_buffer import Batch
 from flashdrive_node.training.windows import Windows
 from flashdrive_node.world.decision_text import StatedDecision, decision_of, parse

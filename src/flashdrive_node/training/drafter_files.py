@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from flashdrive_node.engine.drafter import MASK_FILES, Drafter, DrafterConfig, drafter_slots
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.checkpoint import place_of
+from flashdrive_node.model.checkpoint_writer import released
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.safetensors_file import TensorSpec, write_file
-from flashdrive_node.model.state_dict import TensorSlot
 
 #: Standard deviation of new weights, and rotary base, as in the published drafters.
 _DEVIATION, _ROPE_THETA = 0.02, 1e6
@@ -102,9 +101,9 @@ def save_drafter(drafter: Drafter, directory: Path, dtype: torch.dtype = torch.b
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(str(directory), ["a new or empty directory is required, found one in use"])
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach() for name, p in drafter.named_parameters()}
+    tensors: dict[str, Tensor] = dict(drafter.named_parameters())
     specs = [
-        TensorSpec(slot.name, slot.shape, dtype, partial(_take, slot, tensors))
+        TensorSpec(slot.name, slot.shape, dtype, partial(released, slot, tensors))
         for slot in drafter_slots(drafter.config)
     ]
     written = write_file(directory / "model.safetensors", specs)
@@ -116,10 +115,6 @@ def save_drafter(drafter: Drafter, directory: Path, dtype: torch.dtype = torch.b
         json.dumps(_content(drafter.config, dtype), indent=2) + "\n", encoding="utf-8"
     )
     return written
-
-
-def _take(slot: TensorSlot, tensors: dict[str, Tensor]) -> Tensor:
-    return place_of(slot, tensors[slot.target]).view(slot.shape)
 
 
 def _content(config: DrafterConfig, dtype: torch.dtype) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,8 @@ class DrafterSettings:
     #: Texts to learn from, and texts of other clips to measure on.
     texts: int = 20000
     held_out: int = 1000
+    #: Time of writing texts to learn from at most; those to measure on get a quarter of it.
+    writing_minutes: float = math.inf
     #: Blocks per step.
     batch: int = 2048
     #: Peak learning rates: of vectors, and of matrices (see `Optimiser`).
@@ -87,8 +90,8 @@ class DrafterTrainer:
         """
         s = self.settings
         started = time.monotonic()
-        records = self._written(training, s.texts, "texts")
-        measured = self._written(held_out, s.held_out, "held out")
+        measured = self._written(held_out, s.held_out, "held out", 15 * s.writing_minutes)
+        records = self._written(training, s.texts, "texts", 60 * s.writing_minutes)
         writing_s = time.monotonic() - started
         steps, learning_s = self._learn(records)
         config = self.drafter.config
@@ -132,13 +135,15 @@ class DrafterTrainer:
 
         return guess
 
-    def _written(self, scenes: Iterable[Scenes], texts: int, name: str) -> TextRecords:
-        parts = []
+    def _written(self, scenes: Iterable[Scenes], texts: int, name: str, limit_s: float) -> TextRecords:
+        parts, started = [], time.monotonic()
         try:
             with tqdm(total=texts, desc=name, unit="text") as bar:
                 for records in take(self.recorder, scenes, texts):
                     parts.append(records)
                     bar.update(len(records))
+                    if time.monotonic() - started > limit_s:
+                        break
         finally:
             if isinstance(scenes, Generator):
                 scenes.close()  # ends the processes behind it

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashdrive_node.evaluation.history_baseline import route_features
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.history_tokens import encode_history
 from flashdrive_node.model.prompt_batch import PromptLayout
 from flashdrive_node.model.tokenizer import AlpamayoTokenizer
-from flashdrive_node.training.history_baseline import route_features
 from flashdrive_node.training.pictures import Pictures
 from flashdrive_node.training.windows import Windows
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline, load_history_baseline
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError
@@ -60,7 +61,7 @@ def run_stage(
             tokenizer = load_tokenizer(files, config)
             model = _model(resume, config, tokenizer, chosen, dtype, settings.seed)
             heads = _heads(resume, model)
-            trainer = VlaTrainer(model, heads, tokenizer, settings, rank)
+            trainer = VlaTrainer(model, heads, tokenizer, settings, rank, _baseline(resume))
             log = trainer.run()
             if not rank.first:
                 return None
@@ -83,7 +84,9 @@ def _join_ranks(device: str) -> tuple[Rank, torch.device]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=index, world_size=count)
+        distributed.init_process_group("nccl", device_id=chosen)
+    else:
+        distributed.init_process_group("gloo")
     return Rank(index, count), chosen
 
 
@@ -108,3 +111,9 @@ def _heads(resume: Path | None, model: Alpamayo) -> AuxiliaryHeads:
     if resume is not None and (resume / HEADS_FILE).is_file():
         heads.load_state_dict(load_file(resume / HEADS_FILE))
     return heads.to(model.device, model.dtype)
+
+
+def _baseline(resume: Path | None) -> HistoryBaseline | None:
+    if resume is None or not (resume / FILE_NAME).is_file():
+        return None
+    return load_history_baseline(resume / FILE_NAME).requires_grad_(True).train()

@@ -155,13 +155,18 @@ def clip_scenes(
         for window in clip.windows:
             held.append(window.observation)
             if len(held) == batch:
-                yield _stacked(held, device)
+                yield stacked(held, device)
                 held = []
         if held:
-            yield _stacked(held, device)
+            yield stacked(held, device)
 
 
-def _stacked(observations: Sequence[Observation], device: torch.device) -> Scenes:
+def stacked(observations: Sequence[Observation], device: torch.device) -> Scenes:
+    """Observations as one batch.
+
+    Raises:
+        InputError: Pictures of different sizes.
+    """
     shapes = {tuple(i.shape for c in o.cameras for i in c.images) for o in observations}
     if len(shapes) != 1 or len(set(next(iter(shapes)))) != 1:
         raise InputError(f"pictures of one size are required, found {sorted(set().union(*shapes))}")

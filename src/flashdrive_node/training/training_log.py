@@ -33,8 +33,23 @@ class TrainingLog:
         draw(self, directory / "training.png")
 
 
+#: What the figures are, where their name alone does not say it.
+_TITLES = {
+    "text": "text: cross-entropy per token, nats",
+    "flow": "flow: squared error of the velocity",
+    "path": "path: the same, summed along the path",
+    "seen": "seen: tokens of the vision tower",
+    "understood": "understood: image tokens behind the LM",
+    "decision": "decision: cross-entropy, nats",
+    "geometry": "geometry: error of the read-out",
+    "plan": "plan: error of the read-out",
+    "gradient": "norm of the gradient, before clipping",
+    "history baseline": "history baseline: path error, m",
+}
+
+
 def draw(log: TrainingLog, path: Path) -> None:
-    """Every loss over time, training and validation."""
+    """Every figure over time on logarithmic scales, training and validation."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -48,8 +63,9 @@ def draw(log: TrainingLog, path: Path) -> None:
             points = [(row["seconds"], row[name]) for row in table if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
+        axis.set_title(_TITLES.get(name, name), fontsize=10)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3, which="both")
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")
     for axis in axes[-1]:

@@ -14,6 +14,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from flashdrive_node.engine.batched_policy import RELEASE_CAMERAS, BatchedPolicy
+from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.prompt_batch import PromptLayout
@@ -22,7 +23,6 @@ from flashdrive_node.training.architecture import IMAGE_SIZE
 from flashdrive_node.training.assessment import assess
 from flashdrive_node.training.closed_loop_supply import ClosedLoopSupply, LoopSettings
 from flashdrive_node.training.drives import DriveJob
-from flashdrive_node.training.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.training.losses import AuxiliaryHeads, losses, total
 from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.pictures import Photographer, retouch
@@ -54,9 +54,9 @@ class TrainingSettings:
     #: Time of training, behind start-up.
     minutes: float
     #: Samples per step and rank, noisy actions per sample, and how often a window is used on average.
-    batch: int = 128
+    batch: int = 96
     draws: int = 4
-    reuse: float = 4.0
+    reuse: float = 2.5
     rate: float = 1.2e-3
     seed: int = 0
     #: Windows that are kept, those that are rendered at a time, and those before the first step.
@@ -101,6 +101,7 @@ class VlaTrainer:
         tokenizer: AlpamayoTokenizer,
         settings: TrainingSettings,
         rank: Rank | None = None,
+        baseline: HistoryBaseline | None = None,
     ):
         """Prepare; nothing is computed yet.
 
@@ -109,6 +110,7 @@ class VlaTrainer:
             tokenizer: The model's.
             settings: Of this stage.
             rank: This process.
+            baseline: To be trained on the same windows; by default a new one.
         """
         self.model, self.heads, self.tokenizer, self.settings = model, heads, tokenizer, settings
         self.rank = rank or Rank()
@@ -123,7 +125,7 @@ class VlaTrainer:
         self.optimiser = Optimiser(
             [*model.named_parameters(), *ends], settings.rate, matrix_rate=settings.rate * _MATRIX_RATE
         )
-        self.baseline = HistoryBaseline(model.config.action_space).to(self.device)
+        self.baseline = (baseline or HistoryBaseline(model.config.action_space)).to(self.device)
         self.baseline_optimiser = torch.optim.AdamW(self.baseline.parameters(), lr=1e-3, weight_decay=1e-3)
         self.log = TrainingLog({"settings": asdict(settings), "ranks": self.rank.count, "device": _device_name(model)})
         if settings.compiled_layers:
@@ -141,7 +143,8 @@ class VlaTrainer:
                 self.buffer.add(supply().samples)
             self._synchronise()
             self.log.conditions["start_up_s"] = time.monotonic() - started
-            logger.info("started after %.0f s", self.log.conditions["start_up_s"])
+            if self.rank.first:
+                logger.info("started after %.0f s", self.log.conditions["start_up_s"])
             self._loop(supply, validation)
         finally:
             source.close()
@@ -185,7 +188,8 @@ class VlaTrainer:
 
     def _loop(self, supply: Supply, validation: tuple[Windows, Batch] | None) -> None:
         s = self.settings
-        seconds, owed, rows = 60 * s.minutes, 0.0, []
+        seconds, owed = 60 * s.minutes, 0.0
+        rows: list[dict[str, torch.Tensor]] = []
         started, validated = time.monotonic(), 0.0
         shared = torch.zeros((), device=self.device)
         watch = Stopwatch(self.device)
@@ -212,8 +216,8 @@ class VlaTrainer:
                     with self.optimiser.averaged():
                         self._validate(validation[1], passed)
 
-    def _step(self, clock: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update: losses and gradient norm [names + 1], and the clock of all ranks, both on the device."""
+    def _step(self, clock: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """One update: losses and gradient norm, and the clock of all ranks, scalars on the device."""
         batch = self.buffer.sample(self.settings.batch, self.generator)
         batch = batch._replace(images=retouch(batch.images, self.generator))
         parts = losses(self.model, self.heads, batch, self.layout, self.settings.draws, self.generator)
@@ -223,12 +227,13 @@ class VlaTrainer:
         blind.backward()
         self.baseline_optimiser.step()
         self.baseline_optimiser.zero_grad()
-        self._names = [*parts, "gradient", "history baseline"]
-        return torch.stack([*(p.detach() for p in parts.values()), norm, blind.detach()]), shared
+        figures = parts | {"gradient": norm, "history baseline": blind}
+        return {name: value.detach() for name, value in figures.items()}, shared
 
-    def _log(self, rows: list[torch.Tensor], seconds: float, bar: tqdm) -> None:
-        values = torch.stack(rows).mean(dim=0).tolist()
-        row = dict(zip(self._names, values, strict=True))
+    def _log(self, rows: list[dict[str, torch.Tensor]], seconds: float, bar: tqdm) -> None:
+        # One transfer for all: reading a value waits for the device.
+        values = torch.stack([torch.stack(list(row.values())) for row in rows]).mean(dim=0).tolist()
+        row = dict(zip(rows[0], values, strict=True))
         self.log.training.append({"seconds": seconds, "step": self.optimiser.steps, **row})
         bar.update(max(0, round(min(seconds, 60 * self.settings.minutes) - bar.n)))
         bar.set_postfix(step=self.optimiser.steps, text=f"{row['text']:.3f}", flow=f"{row['flow']:.3f}")

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashdrive_node.world.scene import DT_S
 from flashdrive_node.world.state import State
 
 #: How far ahead the controller looks for the speed and for the heading, and the least that it looks for that, metres.
 SPEED_PREVIEW_S, STEER_PREVIEW_S, STEER_PREVIEW_MIN_M = 0.5, 0.3, 0.5
+#: How far it looks ahead for the speed while standing, and below which speed a vehicle or a plan stands, m/s.
+START_PREVIEW_S, STANDING_M_S = 0.3, 0.1
 #: Acceleration where there is nothing to follow, m/s^2.
 GENTLE_BRAKE = -2.0
 #: A trajectory that began longer ago is not driven any more, seconds.
@@ -126,10 +129,18 @@ def track(trajectory: Trajectory, state: State, max_age_s: float = MAX_AGE_S) ->
 
 
 def _acceleration(path: Trajectory, along: Tensor, at: Tensor, state: State) -> Tensor:
-    wanted = _interpolate(path.time_s, path.speed, state.time_s + SPEED_PREVIEW_S)
+    # Who stands looks less far, and does not start long before the plan does.
+    reach = torch.where(state.speed < STANDING_M_S, START_PREVIEW_S, SPEED_PREVIEW_S).to(state.speed)
+    wanted = _interpolate(path.time_s, path.speed, state.time_s + reach)
+    # A plan that stands by then is braked for up to its standstill: spread over all of the preview it would be overrun.
+    stands = (path.speed < STANDING_M_S) & (path.time_s > state.time_s[:, None])
+    left = torch.where(stands, path.time_s - state.time_s[:, None], SPEED_PREVIEW_S).amin(dim=1)
+    stops = wanted < STANDING_M_S
+    wanted = torch.where(stops, 0.0, wanted)
+    preview = torch.where(stops, left.clamp(min=DT_S), reach)
     behind = _interpolate(path.time_s, along, state.time_s) - at
     closing = behind.clamp(-_ALONG_M, _ALONG_M) / (2 * SPEED_PREVIEW_S) ** 2
-    return (wanted - state.speed) / SPEED_PREVIEW_S + closing
+    return (wanted - state.speed) / preview + closing
 
 
 def _curvature(path: Trajectory, along: Tensor, at: Tensor, offset: Tensor, state: State) -> Tensor:

@@ -1,8 +1,4 @@
-"""A small checkpoint with the release's architecture and random weights, made on the fly.
-
-It loads, runs and is wrong like any untrained network: the demo uses it to put the whole path through the real
-networks on a machine without the real weights.
-"""
+"""The release with narrow, few layers and random weights: its vocabulary and prompt in full, at a test's cost."""
 
 from __future__ import annotations
 
