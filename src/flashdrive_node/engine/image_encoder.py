@@ -114,15 +114,16 @@ class ImageEncoder:
             if size not in self._frames or len(self._frames[size][0]) < count:
                 self.graphs.clear()  # those that read the smaller buffer
                 shape = (count, *size, 3)
-                host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-                self._frames[size] = host, torch.empty(shape, dtype=torch.uint8, device=self.model.device)
+                device = torch.empty(shape, dtype=torch.uint8, device=self.model.device)
+                self._frames[size] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.is_cuda), device
 
     def _features_for(self, cameras: Sequence[Tensor]) -> Tensor:
         """Room for the features of frames [frames, 3, height, width]."""
         config, tokens = self.model.config, 0
         factor = config.vision.resize_factor
         for frames in cameras:
-            height, width = target_size(*frames.shape[2:], config.min_pixels, config.max_pixels, factor)
+            height, width = frames.shape[2:]
+            height, width = target_size(height, width, config.min_pixels, config.max_pixels, factor)
             tokens += len(frames) * (height // factor) * (width // factor)
         if self._features is None or self._features.shape[1] < tokens:
             self.graphs.clear()  # those that write to the smaller buffer
