@@ -198,7 +198,7 @@ class Stream:
 
         Args:
             plan: Of `plan`, for this window and since the last.
-            ids: The prompt's ids with history filled in, on the model's device, int64 [T].
+            ids: The prompt's ids with history filled in, int64 [T], on the host or the model's device.
             stamps: As in `plan`.
             features: Of the images that the plan names, in order; None where it names none.
 
