@@ -1,16 +1,26 @@
 """What the package carries: small enough, whole, and what its documentation says."""
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from flashdrive_node.bundled import bundled_drive
+from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drive
+from flashdrive_node.engine.plain import PlainEngine
+from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
-from flashdrive_node.evaluation.bag_truth import label_of, read_truth
+from flashdrive_node.evaluation.bag_clips import BagClips
+from flashdrive_node.evaluation.bag_truth import compare, label_of, read_truth
 from flashdrive_node.evaluation.driven_route import DrivenRoute
+from flashdrive_node.evaluation.policies import history_file
 from flashdrive_node.evaluation.world_bag import SceneChoice, truth
+from flashdrive_node.model.config import ALPAMAYO_1_5
+from flashdrive_node.model.loading import load_alpamayo
+from flashdrive_node.model.presets import alpamayo_1_5_10b
+from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.runtime.bag import messages, odometry_sample, open_bag, rig_topics, select
 from flashdrive_node.runtime.rig import Rig
 
@@ -57,3 +67,38 @@ def test_the_drive_is_what_the_world_gives(rig: Rig) -> None:
     driven = route.future(int(known.stamps_ns[100]))
     assert driven is not None
     np.testing.assert_allclose(driven.xyz, episode.future(100)[0][0], atol=0.02)
+
+
+def test_the_checkpoint_is_small_whole_and_in_the_release_s_format() -> None:
+    folder = bundled_checkpoint()
+    files = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert sum(files.values()) <= 24 * _MIB
+    assert max(files.values()) <= 15 * _MIB
+    loaded = load_alpamayo(BUNDLED, torch.device("cpu"), torch.float32, hash_files=False)
+    config = loaded.model.config
+    assert config.model_type == ALPAMAYO_1_5
+    assert config.raw.keys() - {"dtype", "vlm_name_or_path"} <= alpamayo_1_5_10b().raw.keys()
+    assert history_file(BUNDLED) == folder / "history_baseline.safetensors"
+
+
+def test_the_model_plans_the_bundled_drive(rig: Rig) -> None:
+    """Paths follow the road and texts name what there is, at moments of every kind."""
+    known = read_truth(bundled_drive())
+    assert known is not None
+    settings = PlainSettings(BUNDLED, device="cpu", sampling=SamplingSettings(temperature=0.0))
+    engine = PlainEngine(settings)
+    engine.load()
+    clip = next(BagClips([bundled_drive()], rig).clips())
+    errors, right = [], []
+    for window in islice(clip.windows, 5, 111, 35):  # free road, slower car, oncoming traffic, turn
+        prediction = engine.step(window.observation)
+        assert window.truth is not None
+        distance = prediction.trajectory.xyz[:, :2] - window.truth.xyz[:, :2]
+        errors.append(float(np.linalg.norm(distance, axis=1).mean()))
+        verdict = compare(prediction.trajectory.reasoning, known.at(window.observation.t0_ns))
+        assert verdict is not None
+        right.append(verdict[0])
+        assert not verdict[2], prediction.trajectory.reasoning
+    assert len(errors) == 4
+    assert np.mean(errors) < 1.5
+    assert np.mean(right) >= 0.75

@@ -11,6 +11,7 @@ from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
 from flashdrive_node.evaluation.evaluation import ResultFolder, Shard, evaluate
 from flashdrive_node.evaluation.evaluation_report import markdown, write_report
 from flashdrive_node.evaluation.evaluation_summary import add_baseline, summarise
+from flashdrive_node.evaluation.sabotage import KINDS, SabotagedClips
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; a run that was cut goes on")
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="results to compare with, window by window")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th clip, from number I on")
+    parser.add_argument(
+        "--sabotage", choices=KINDS, help="lie to the engine in every window: the figures must become clearly worse"
+    )
     parser.add_argument("--report-only", action="store_true", help="no engine: put together what is in --out")
     add_engine_options(parser)
 
@@ -67,6 +71,8 @@ def answer_clips(
     engine.loaded = loaded
     info = engine.load()
     source = clip_source(args, engine.settings.torch_device)
+    if (kind := vars(args).get("sabotage")) is not None:
+        source = SabotagedClips(source, kind)
     # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.
     weights = {"weights": info.sha256 or info.checkpoint, "windows": args.windows}
     folder.prepare(described(args) | weights | {"source": source.name})

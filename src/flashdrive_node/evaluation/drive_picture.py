@@ -200,9 +200,9 @@ def _words(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
 
 
 def _paragraph(draw: ImageDraw.ImageDraw, text: str, y: int, color: Color) -> int:
-    for line in textwrap.wrap(text, 84)[:2]:
-        draw.text((24, y), line, fill=color, font=_font(27))
-        y += 35
+    for line in textwrap.wrap(text, 76)[:2]:
+        draw.text((24, y), line, fill=color, font=_font(30))
+        y += 38
     return y
 
 

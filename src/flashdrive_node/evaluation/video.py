@@ -138,7 +138,7 @@ def moment_at(drive: ReplayedDrive, now_ns: int, pictures: dict[str, Picture]) -
         views=[View(name, pictures[name], drive.calibrations.get(name)) for name in names],
         planned=_planned(drive, record, now_ns) if record else np.zeros((0, 3)),
         driven=np.insert(actual[~np.isnan(actual[:, 0])], 2, 0.0, axis=1),
-        said=record["reasoning"] if record else "",
+        said=record["reasoning"] if record else "(waiting for the first window)",
         truth=truth,
         verdict=_verdict(record["reasoning"], truth) if record else None,
         navigation=(record["nav_text"] or "") if record else "",
@@ -177,7 +177,7 @@ def _figures(drive: ReplayedDrive, record: dict[str, Any] | None, now_ns: int) -
     figures.append(("engine", f"{record['timings_ms'].get('engine', 0.0):.0f} ms"))
     error = drive.driven.mean_error_m(record)
     if error is not None:
-        figures.append(("off the truth", f"{error:.2f} m on average over 6.4 s"))
+        figures.append(("path error", f"{error:.2f} m, mean over 6.4 s"))
     return figures
 
 

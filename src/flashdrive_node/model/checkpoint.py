@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flashdrive_node.model.checkpoint_files import CheckpointFiles, check_overlay, check_tensors, survey
 from flashdrive_node.model.errors import CheckpointError
-from flashdrive_node.model.safetensors_file import WEIGHT_DTYPES, Header
+from flashdrive_node.model.safetensors_file import DTYPES, Header
 from flashdrive_node.model.source import snapshot_revision
 from flashdrive_node.model.state_dict import TensorSlot
 
@@ -79,6 +79,7 @@ def load_weights(
     overlay: Path | None = None,
     progress: Callable[[float, str], None] | None = None,
     hash_files: bool = True,
+    completed: Callable[[str], None] | None = None,
 ) -> CheckpointInfo:
     """Fill a model from a checkpoint.
 
@@ -93,6 +94,8 @@ def load_weights(
             ``action_out_proj.*``.
         progress: Called with a fraction in 0..1 and what is being done.
         hash_files: Compute the SHA-256 of the files while they are read.
+        completed: Called with the name of each parameter or buffer that has all its elements. It may take the tensor
+            out of the model, whose memory is then free.
 
     Raises:
         CheckpointError: Lists everything that is wrong with the files. The model has not been touched then, unless
@@ -122,13 +125,24 @@ def load_weights(
     total_bytes = sum(header.entries[name].nbytes for _, header, wanted in jobs for name in wanted)
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     targets: dict[str, Tensor] = {}
+    open_elements: dict[str, int] = defaultdict(int)
+    for _, _, wanted in jobs:
+        for slot in wanted.values():
+            open_elements[slot.target] += math.prod(slot.shape)
 
     def place(slot: TensorSlot) -> Tensor:
         if slot.target not in targets:
             targets[slot.target] = materialise(model, slot.target, device, dtype)
         return place_of(slot, targets[slot.target])
 
-    hashes = _copy(jobs, place, device, total_bytes, progress, hash_files)
+    def copied(slot: TensorSlot, elements: int) -> None:
+        open_elements[slot.target] -= elements
+        if not open_elements[slot.target]:
+            del targets[slot.target]
+            if completed is not None:
+                completed(slot.target)
+
+    hashes = _copy(jobs, place, copied, device, total_bytes, progress, hash_files)
     info = CheckpointInfo(
         path=directory,
         revision=snapshot_revision(directory),
@@ -225,7 +239,7 @@ class _Pipe:
                 if name not in wanted and not hash_file:
                     continue
                 file.seek(entry.start)
-                dtype = WEIGHT_DTYPES[entry.dtype]
+                dtype = DTYPES[entry.dtype]
                 for offset in range(0, entry.nbytes, PIECE_BYTES):
                     buffer = self.free.get()
                     if self.stop.is_set():
@@ -258,12 +272,17 @@ def _read_fully(file: FileIO, view: memoryview, header: Header) -> None:
 def _copy(
     jobs: list[tuple[str, Header, dict[str, TensorSlot]]],
     place: Callable[[TensorSlot], Tensor],
+    copied: Callable[[TensorSlot, int], None],
     device: torch.device,
     total_bytes: int,
     progress: Callable[[float, str], None] | None,
     hash_files: bool,
 ) -> dict[str, str]:
-    """Read all files and copy their pieces to `place`. Returns the files' hashes by name, if asked for."""
+    """Read all files and copy their pieces to `place`; `copied` is told how many elements came.
+
+    Returns:
+        The files' hashes by name, if asked for.
+    """
     pipe = _Pipe(pinned=device.type == "cuda")
     in_flight: deque[tuple[torch.cuda.Event, Tensor]] = deque()
     done_bytes, percent, files_left = 0, -1, len(jobs)
@@ -287,6 +306,7 @@ def _copy(
                         pipe.free.put(buffer)
                 else:
                     pipe.free.put(piece.buffer)
+                copied(piece.slot, piece.length)
                 done_bytes += source.nbytes
                 if progress and done_bytes * 100 // total_bytes > percent:
                     percent = done_bytes * 100 // total_bytes

@@ -167,8 +167,10 @@ def _misfits(files: CheckpointFiles, wanted: dict[str, TensorSlot]) -> list[str]
             continue
         if entry.shape != slot.shape:
             groups[_shape_problem(slot, entry.shape)].add(name)
-        if entry.dtype not in WEIGHT_DTYPES:
-            groups[f"one of {', '.join(WEIGHT_DTYPES)} is required, found {entry.dtype}"].add(name)
+        types = slot.types or tuple(WEIGHT_DTYPES)
+        if entry.dtype not in types:
+            one_of = "one of " if len(types) > 1 else ""
+            groups[f"{one_of}{', '.join(types)} is required, found {entry.dtype}"].add(name)
     return [f"{name}: {text}" for text, names in groups.items() for name in collapse(names)]
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 
 #: Types that weights may have, by their name in a header.
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+#: Types of everything that is read or written: weights, and the integers and 8-bit floats of quantised ones.
+DTYPES = WEIGHT_DTYPES | {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2}
 _ITEM_BYTES |= {"BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
@@ -163,7 +171,7 @@ class TensorSpec(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    #: One of `WEIGHT_DTYPES`; what `make` gives is cast to it.
+    #: One of `DTYPES`; what `make` gives is cast to it.
     dtype: torch.dtype
     make: Callable[[], Tensor]
 

@@ -26,6 +26,8 @@ class TensorSlot:
     row: int = 0
     #: R1 files hold the normalisation constants and Fourier frequencies, 1.5 files leave them to the code.
     optional: bool = False
+    #: Types that the file may have it in, by their names in a header; empty for any floating type of 16 bits or more.
+    types: tuple[str, ...] = ()
 
 
 def release_slots(config: AlpamayoConfig) -> list[TensorSlot]:

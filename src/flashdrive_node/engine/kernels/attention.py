@@ -10,7 +10,7 @@ from flashdrive_node.engine.kernels.visibility import Visible
 from flashdrive_node.model import attention
 
 
-def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ahead: Tensor | None = None) -> Tensor:
+def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> Tensor:
     """Attention of queries to the slots that each may see; slots that none sees may hold anything, NaN too.
 
     The cost grows with the visible slots, not with those allocated.
@@ -19,7 +19,6 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ah
         q: [T, heads, head_dim], head_dim contiguous.
         keys, values: A layer of the cache with all its slots, [kv_heads, slots, head_dim].
         visible: Of the T queries, on the same device.
-        ahead: Weight [N, K] of a product that comes soon; its first columns are fetched while this kernel ends.
 
     Returns:
         [T, heads * head_dim] in q's type; 0 for a query that sees nothing.
@@ -31,7 +30,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ah
     if uses_triton(q) and _suits_triton(q):
         from flashdrive_node.engine.kernels.triton_attention import attend_visible as run
 
-        return run(q, keys, values, visible, ahead)
+        return run(q, keys, values, visible)
     return attend_visible_reference(q, keys, values, visible)
 
 

@@ -11,13 +11,12 @@ from flashdrive_node.engine.kernels.backend import uses_triton
 MAX_ROWS = 64
 
 
-def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.linear` without bias, for few rows. Sums are taken in float32 and rounded once.
 
     Args:
         x: [M, K].
         weight: [N, K].
-        ahead: Weight of a product that comes soon; its first columns are fetched while this kernel ends.
 
     Returns:
         [M, N] in x's type.
@@ -30,5 +29,5 @@ def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Ten
     if uses_triton(x) and len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
         from flashdrive_node.engine.kernels.triton_linear import skinny_linear as run
 
-        return run(x, weight, ahead)
+        return run(x, weight)
     return linear(x, weight)

@@ -19,20 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import (
-    fetch_columns,
-    fetched_columns,
-    invite_next,
-    overlap,
-    prefetch,
-    wait_for_previous,
-)
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
 _FAR = tl.constexpr(2**30)
-#: Numbers in a line of the cache, of 2 bytes each.
-_LINE = tl.constexpr(64)
 _LOG2_E = 1.4426950408889634
 
 
@@ -47,8 +37,6 @@ class Tiling:
     splits: int
     warps: int
     stages: int
-    #: Blocks per program that are fetched in advance, a power of two or 0.
-    ahead: int = 0
 
 
 def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) -> Tiling:
@@ -61,9 +49,7 @@ def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) 
     return Tiling(rows, block, splits, warps=8 if rows == 128 else 4, stages=3)
 
 
-def attend_visible(
-    q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ahead: Tensor | None = None, chosen: Tiling | None = None
-) -> Tensor:
+def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None) -> Tensor:
     """See `attention.attend_visible`; `chosen` replaces the tiling, for measurements."""
     tokens, heads, dim = q.shape
     kv_heads, slots, _ = keys.shape
@@ -84,9 +70,6 @@ def attend_visible(
         out,
         parts,
         sums,
-        q if ahead is None else ahead,
-        0 if ahead is None else len(ahead),
-        0 if ahead is None else ahead.stride(0),
         tokens,
         slots,
         q.stride(0),
@@ -102,10 +85,7 @@ def attend_visible(
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
-        AHEAD=t.ahead if keys.stride(1) == dim and slots >= t.block else 0,
-        FETCH=fetched_columns(ahead),
         num_warps=t.warps,
-        **overlap(q.device),
     )
     if t.splits > 1:
         _join[(tokens * heads,)](
@@ -117,7 +97,6 @@ def attend_visible(
             SPLITS=t.splits,
             PADDED=triton.next_power_of_2(t.splits),
             num_warps=triton.next_power_of_2(triton.cdiv(t.splits, 16)),
-            **overlap(q.device),
         )
     return out
 
@@ -161,9 +140,6 @@ def _attend(
     out,
     parts,
     sums,
-    next_weight,
-    next_rows,
-    next_stride,
     tokens,
     slots,
     q_token,
@@ -179,22 +155,11 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
     # The last tiles see most where limits ascend: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, split = tl.program_id(1), tl.program_id(2)
-    if OVERLAP and AHEAD > 0:
-        # Most of a cache is old: what is likely to be read comes closer while the kernel in front still runs.
-        LINES: tl.constexpr = BLOCK * DIM // _LINE
-        line = tl.arange(0, AHEAD * LINES)
-        near = tl.minimum((split + line // LINES * SPLITS) * BLOCK, slots - BLOCK) * DIM + line % LINES * _LINE
-        prefetch(k_ptr + head * kv_head + near)
-        prefetch(v_ptr + head * kv_head + near)
-    wait_for_previous(OVERLAP)
     row = tile * ROWS + tl.arange(0, ROWS)
     query = row // GROUP
     valid = query < tokens
@@ -249,11 +214,6 @@ def _attend(
         v = tl.load(v_base + place, mask=used[:, None], other=0.0)
         acc, top, total = _absorb(q, k, v, tl.where(seen, 0.0, float("-inf")), acc, top, total, scale)
 
-    if FETCH > 0:
-        program = tile + tl.num_programs(0) * (head + tl.num_programs(1) * split)
-        programs = tl.num_programs(0) * tl.num_programs(1) * SPLITS
-        fetch_columns(next_weight, next_rows, next_stride, program, programs, FETCH)
-    invite_next(OVERLAP)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = query * HEADS + head * GROUP + row % GROUP
     place = out_row[:, None] * DIM + column[None, :]
@@ -266,9 +226,8 @@ def _attend(
 
 
 @triton.jit
-def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
+def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
     """Mean of one row's parts, weighted by their sums of exponentials."""
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
     sum_ = tl.load(sums + split * rows + row, mask=split < SPLITS, other=float("-inf"))
@@ -278,5 +237,4 @@ def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDE
     weight = weight / tl.where(total > 0, total, 1.0)
     place = (split[:, None] * rows + row) * DIM + column[None, :]
     part = tl.load(parts + place, mask=(split < SPLITS)[:, None], other=0.0)
-    invite_next(OVERLAP)
     tl.store(out + row * DIM + column, tl.sum(part * weight[:, None], 0).to(out.dtype.element_ty))

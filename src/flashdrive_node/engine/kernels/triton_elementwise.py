@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, wait_for_previous
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `elementwise.rms_norm`."""
@@ -44,7 +42,6 @@ def _norm(x: Tensor, update: Tensor, weight: Tensor, total: Tensor, out: Tensor,
         ADD=ADD,
         PADDED=padded,
         num_warps=min(16, max(1, padded // 256)),
-        **overlap(x.device),
     )
 
 
@@ -61,9 +58,7 @@ def _rms_norm(
     eps,
     ADD: tl.constexpr,
     PADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     column = tl.arange(0, PADDED)
     within = column < size
@@ -74,7 +69,6 @@ def _rms_norm(
         tl.store(total_ptr + row * size + column, rounded, mask=within)
         x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
-    invite_next(OVERLAP)
     scale = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=within)
 
@@ -84,18 +78,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
-    _silu_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4, **overlap(out.device))
+    _silu_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    wait_for_previous(OVERLAP)
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=within, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + column, mask=within, other=0.0).to(tl.float32)
-    invite_next(OVERLAP)
     gated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + column, (gated * up).to(out.dtype.element_ty), mask=within)

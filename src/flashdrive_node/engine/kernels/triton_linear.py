@@ -17,14 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.triton_overlap import (
-    fetch_columns,
-    fetched_columns,
-    invite_next,
-    overlap,
-    prefetch,
-    wait_for_previous,
-)
 
 
 @dataclass(frozen=True)
@@ -38,8 +30,6 @@ class Tiling:
     splits: int
     warps: int
     stages: int
-    #: Columns of every row that are fetched in advance, a power of two from 64 or 0.
-    ahead: int = 0
 
 
 def tiling(count: int, size: int, out_size: int, processors: int) -> Tiling:
@@ -49,7 +39,7 @@ def tiling(count: int, size: int, out_size: int, processors: int) -> Tiling:
     return Tiling(64, block=128, splits=splits, warps=4, stages=6 if count <= 16 else 4)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None, chosen: Tiling | None = None) -> Tensor:
+def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Tensor:
     """See `linear.skinny_linear`; `chosen` replaces the tiling, for measurements."""
     (count, size), out_size = x.shape, len(weight)
     t = chosen or tiling(count, size, out_size, multiprocessors(x.device))
@@ -60,9 +50,6 @@ def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None, chosen
         x,
         weight,
         parts,
-        weight if ahead is None else ahead,
-        0 if ahead is None else len(ahead),
-        0 if ahead is None else ahead.stride(0),
         count,
         size,
         out_size,
@@ -71,14 +58,11 @@ def skinny_linear(x: Tensor, weight: Tensor, ahead: Tensor | None = None, chosen
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
-        AHEAD=t.ahead if size % 64 == 0 and size // t.splits >= t.ahead else 0,
-        FETCH=fetched_columns(ahead),
         num_warps=t.warps,
-        **overlap(x.device),
     )
     if t.splits > 1:
         _sum[(count, triton.cdiv(out_size, 1024))](
-            parts, out, count * out_size, out_size, SPLITS=t.splits, BLOCK=1024, num_warps=4, **overlap(x.device)
+            parts, out, count * out_size, out_size, SPLITS=t.splits, BLOCK=1024, num_warps=4
         )
     return out
 
@@ -88,9 +72,6 @@ def _linear(
     x_ptr,
     weight,
     out,
-    next_weight,
-    next_rows,
-    next_stride,
     count,
     size,
     out_size,
@@ -99,9 +80,6 @@ def _linear(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -112,10 +90,6 @@ def _linear(
     acc = tl.zeros([ROWS, COUNT], tl.float32)
     # Rows behind the end repeat the last one instead of being masked: their sums are not stored.
     w_row = weight + tl.minimum(row, out_size - 1)[:, None] * size
-    if OVERLAP and AHEAD > 0:
-        # Weights do not depend on the kernel in front: the first of them come closer while it still runs.
-        prefetch(w_row + begin + tl.arange(0, AHEAD // 64)[None, :] * 64)
-    wait_for_previous(OVERLAP)
     for at in tl.range(begin, tl.minimum(begin + share, size), BLOCK, num_stages=STAGES):
         column = at + lane
         within = column < size
@@ -124,22 +98,16 @@ def _linear(
             x_ptr + token[None, :] * size + column[:, None], mask=within[:, None] & (token < count)[None, :], other=0.0
         )
         acc = tl.dot(w, x, acc)
-    if FETCH > 0:
-        program, programs = tl.program_id(0) + split * tl.num_programs(0), tl.num_programs(0) * SPLITS
-        fetch_columns(next_weight, next_rows, next_stride, program, programs, FETCH)
-    invite_next(OVERLAP)
     place = (split * count + token)[None, :] * out_size + row[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < out_size)[:, None] & (token < count)[None, :])
 
 
 @triton.jit
-def _sum(parts, out, total, out_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    wait_for_previous(OVERLAP)
+def _sum(parts, out, total, out_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < out_size
     place = tl.program_id(0) * out_size + column
     acc = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
         acc += tl.load(parts + split * total + place, mask=within, other=0.0)
-    invite_next(OVERLAP)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=within)

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, wait_for_previous
-
 if TYPE_CHECKING:
     from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys
 
@@ -59,7 +57,6 @@ def norm_rope_write(
         TOGETHER=together,
         KEEP=kept is not None,
         num_warps=2 if together * dim >= 512 else 1,
-        **overlap(qkv.device),
     )
     return q
 
@@ -89,10 +86,8 @@ def _norm_rope_write(
     DIM: tl.constexpr,
     TOGETHER: tl.constexpr,
     KEEP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Heads in the order of the projection: queries, keys, values. A head is taken in halves, which rotation mixes."""
-    wait_for_previous(OVERLAP)
     token = tl.program_id(0)
     first = tl.program_id(1) * TOGETHER
     HALF: tl.constexpr = DIM // 2
@@ -101,7 +96,6 @@ def _norm_rope_write(
     source = qkv + token * (HEADS + 2 * KV_HEADS) * DIM + (first + lane) * DIM + column
     left_raw, right_raw = tl.load(source), tl.load(source + HALF)
     slot = tl.load(slots + token)
-    invite_next(OVERLAP)
     if first >= HEADS + KV_HEADS:
         target = values + (first - HEADS - KV_HEADS + lane) * kv_head + slot * kv_slot + column
         tl.store(target, left_raw)

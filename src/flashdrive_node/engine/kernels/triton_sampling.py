@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashdrive_node.engine.kernels.triton_overlap import invite_next, overlap, wait_for_previous
-
 #: Logits per program.
 BLOCK = 4096
 #: Keys tried per pass, and passes that narrow 2^16 keys down to one.
@@ -40,7 +38,6 @@ def draw(logits: Tensor, temperature: float, top_p: float, noise: Tensor) -> Ten
         "PADDED": triton.next_power_of_2(chunks),
         "BLOCK": BLOCK,
         "TRIED": TRIED,
-        **overlap(device),
     }
     rate = _LOG2_E / temperature
     for n in range(passes):
@@ -52,7 +49,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, noise: Tensor) -> Ten
     _race[(rows, chunks)](
         logits, noise, sums[last], intervals[last], best[0], best_index, size, rate, 1 - top_p, ALL=passes == 0, **shape
     )
-    _finish[(rows,)](best[0], best_index, out, CHUNKS=chunks, PADDED=shape["PADDED"], num_warps=1, **overlap(device))
+    _finish[(rows,)](best[0], best_index, out, CHUNKS=chunks, PADDED=shape["PADDED"], num_warps=1)
     return out
 
 
@@ -103,10 +100,8 @@ def _narrow(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TRIED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Sums of one stretch of the vocabulary for the next keys that are tried."""
-    wait_for_previous(OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * size + column, mask=column < size, other=float("-inf"))
@@ -124,7 +119,6 @@ def _narrow(
     target = sums + (row * CHUNKS + chunk) * (TRIED + 2)
     tl.store(target, top)
     tl.store(target + 1, tl.sum(weight, 0))
-    invite_next(OVERLAP)
     for index in tl.static_range(TRIED):
         upto = tl.sum(tl.where(key <= _tried(low, high, index, TRIED), weight, 0.0), 0)
         tl.store(target + 2 + index, upto)
@@ -146,10 +140,8 @@ def _race(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TRIED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """The winner of one stretch of the vocabulary: the largest of log p - log noise within the nucleus."""
-    wait_for_previous(OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     place = row.to(tl.int64) * size + column
@@ -160,20 +152,17 @@ def _race(
         _, edge, largest = _narrowed(sums, intervals, row, rate, dropped, CHUNKS, PADDED, TRIED)
         # The likeliest token is never dropped, however small top-p.
         score = tl.where((_key(x) >= edge) | (number == largest), score, float("-inf"))
-    invite_next(OVERLAP)
     winner, index = tl.max(score, 0, return_indices=True)
     tl.store(best + row * CHUNKS + chunk, winner)
     tl.store(best_index + row * CHUNKS + chunk, chunk * BLOCK + index)
 
 
 @triton.jit
-def _finish(best, best_index, out, CHUNKS: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
+def _finish(best, best_index, out, CHUNKS: tl.constexpr, PADDED: tl.constexpr):
     """The winner of a row."""
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     chunk = tl.arange(0, PADDED)
     _, winner = tl.max(
         tl.load(best + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf")), 0, return_indices=True
     )
-    invite_next(OVERLAP)
     tl.store(out + row, tl.load(best_index + row * CHUNKS + winner).to(tl.int64))
