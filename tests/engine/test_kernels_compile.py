@@ -29,7 +29,7 @@ check(triton_ageing._age, "*bf16 *bf16 *bf16 *i64 *i64 *i64 *i32 *bf16 *bf16 i32
 heads = {"HEADS": 16, "PADDED_HEADS": 16, "HALF": 36, "PADDED_HALF": 64}
 check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads)
 check(triton_vision._layer_norm, "*bf16 " * 6 + "i32 i32 i32 fp32", ADD=True, PADDED=2048)
-shape = {"CHUNKS": 39, "PADDED": 64, "OVERLAP": False}
+shape = {"CHUNKS": 39, "PADDED": 64}
 tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
 check(triton_sampling._race, "*bf16 *fp32 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", ALL=False, **shape, **tried)
