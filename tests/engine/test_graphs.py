@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from flashdrive_node.engine import streaming
 from flashdrive_node.engine.drafter import Drafter, DrafterConfig
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8
 from flashdrive_node.engine.graphs import Graphs
@@ -22,7 +26,7 @@ from flashdrive_node.model.sampling import SamplingSettings
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a CUDA device")
 
-CAMERAS = (0, 1, 6)
+CAMERAS = (0, 6)
 SETTINGS = StreamingSettings(
     checkpoint=str(Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"),
     sampling=SamplingSettings(temperature=1.2, max_length=14),
@@ -79,19 +83,29 @@ def window(index: int, nav_text: str | None = None) -> Observation:
     return Observation(index, index, cameras, xyz, np.tile(np.eye(3, dtype=np.float32), (16, 1, 1)), nav_text)
 
 
-#: Steady driving, with what comes in between: missed ticks, a repetition, a gap, and navigation text of two lengths.
+#: Settings that take different stages.
+OPTIONS: list[dict[str, Any]] = [
+    {"samples": 2},
+    {"samples": 2, "shared_text": True, "guidance_weight": 1.5},
+    {"mode": "features", "drafted": False},
+    {"mode": "kv", "drafted": False},
+    {"mode": "features", "guidance_weight": 1.5},
+    {"mode": "full", "samples": 3},
+]
+
+#: Steady driving, with what comes in between: navigation text of two lengths, a missed tick, a repetition, and a gap.
 DRIVE = [
-    *(window(k) for k in range(5)),
-    *(window(k, "Turn left in 30m") for k in range(5, 9)),
-    *(window(k, "Turn right onto a long street in 120m") for k in range(9, 12)),
-    *(window(k) for k in (12, 14, 17, 17, 18, 60, 61, 62, 63)),
+    *(window(k) for k in range(3)),
+    *(window(k, "Turn left in 30m") for k in (3, 4)),
+    window(5, "Turn right onto a long street in 120m"),
+    *(window(k) for k in (7, 7, 60, 61, 62)),
 ]
 
 
 def assert_equal(found: list[Prediction], expected: list[Prediction]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert [s.reasoning for s in a.samples] == [s.reasoning for s in b.samples]
-        assert a.metrics == b.metrics
+        assert {**a.metrics, "graph_captures": 0} == {**b.metrics, "graph_captures": 0}
         for x, y in zip(a.samples, b.samples, strict=True):
             np.testing.assert_array_equal(x.xyz, y.xyz)
 
@@ -104,6 +118,63 @@ def test_functions_are_called_where_there_are_no_graphs():
     graphs.clear()
 
 
+class Recorded(Graphs):
+    """Stands in for graphs on a CPU: like a graph, a key's later runs do what its first function did, with its tensors.
+
+    What a stage should have read from a buffer that stays in place, but read from what it was given, is then stale.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True, limit: int = 64):
+        super().__init__(device, enabled, limit)
+        self.enabled = enabled
+        self.functions: dict[Hashable, Callable[[], None]] = {}
+        self.runs = 0
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        self.runs += 1
+        self.functions.setdefault(key, function)()
+
+    def clear(self) -> None:
+        self.functions.clear()
+
+
+class FakeEvent:
+    """An event or a stream of a device that does everything at once."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, event: FakeEvent) -> None: ...
+
+    def wait_stream(self, stream: FakeEvent) -> None: ...
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="imitates on a CPU what a GPU does")
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_stages_read_from_buffers_that_stay_in_place(loaded, options, monkeypatch):
+    plain = engine(loaded, graphs=False, **options)
+    expected = [plain.step(w) for w in DRIVE]
+    monkeypatch.setattr(streaming, "Graphs", Recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeEvent())
+    recorded = engine(loaded, **options)
+    _, encoder = recorded._streaming()
+    encoder._uploads = encoder._sent = encoder._read = FakeEvent()  # type: ignore[assignment]
+    assert_equal([recorded.step(w) for w in DRIVE], expected)
+    assert isinstance(recorded.graphs, Recorded)
+    assert recorded.graphs.runs > 1.5 * len(recorded.graphs.functions)
+    recorded.reset("again")
+    plain.reset("again")
+    assert_equal([recorded.step(DRIVE[0])], [plain.step(DRIVE[0])])
+    # Frames that come ahead go through the same buffers one by one.
+    for w in DRIVE[1:3]:
+        for camera in w.cameras:
+            recorded.ingest(camera.camera_index, camera.stamps_ns[-1], camera.images[-1])
+        found, wanted = recorded.step(w).trajectory.xyz, plain.step(w).trajectory.xyz
+        np.testing.assert_allclose(found, wanted, atol=0.05 * float(np.abs(wanted).max()))
+
+
 def test_read_back():
     values = torch.arange(6.0).view(2, 3)
     back = ReadBack(values)
@@ -113,23 +184,13 @@ def test_read_back():
 
 
 @on_gpu
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"drafted": False},
-        {"samples": 3},
-        {"samples": 3, "shared_text": True, "guidance_weight": 1.5},
-        {"mode": "features", "guidance_weight": 1.5},
-        {"mode": "full", "samples": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_graphs_change_nothing(loaded, options):
     graphed, plain = engine(loaded, **options), engine(loaded, graphs=False, **options)
-    assert_equal([graphed.step(w) for w in DRIVE], [plain.step(w) for w in DRIVE])
+    found = [graphed.step(w) for w in DRIVE]
+    assert_equal(found, [plain.step(w) for w in DRIVE])
     assert graphed.graphs is not None
-    assert graphed.graphs.captures >= 4
+    assert sum(p.metrics.get("graph_captures", 0) for p in found) == graphed.graphs.captures >= 4
     assert not graphed.graphs.refused
     graphed.reset("again")
     plain.reset("again")
@@ -156,29 +217,29 @@ def test_unused_slots_are_never_seen(loaded, options):
 def test_nothing_is_waited_for_but_read_backs(loaded):
     one = engine(loaded)
     one.warm_up()
-    for w in DRIVE[:4]:
-        one.step(w)
+    for k in range(5):
+        one.step(window(k))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one.step(DRIVE[4])
+        one.step(window(5))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu
 def test_memory_is_constant_behind_the_warm_up(loaded):
-    one = engine(loaded)
+    one, allocated, captures = engine(loaded), [], []
     one.warm_up()
-    for w in DRIVE:
-        one.step(w)
-    before = torch.cuda.memory_allocated()
-    captures = one.graphs.captures
-    for _ in range(3):
+    for _ in range(4):
         one.reset("again")
         for w in DRIVE:
             one.step(w)
-    assert torch.cuda.memory_allocated() == before
-    assert one.graphs.captures <= captures + 8  # the few kinds of windows that had come once alone
+        assert one.graphs is not None
+        allocated.append(torch.cuda.memory_allocated())
+        captures.append(one.graphs.captures)
+    # What comes in every drive once has come twice by the second.
+    assert allocated[1:] == allocated[1:2] * 3
+    assert captures[1:] == captures[1:2] * 3
 
 
 @on_gpu
@@ -228,16 +289,3 @@ def test_the_graph_unused_for_longest_goes_first():
         graphs.run(key, lambda: x.add_(1) and None)
     assert x.item() == 10
     assert graphs.captures == 4  # a, b, c, and b again
-
-
-@on_gpu
-def test_drawn_tokens_follow_the_distribution_on_the_device():
-    from flashdrive_node.model.sampling import filter_logits, sample
-
-    logits = torch.randn(1, 3000, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 4
-    settings = SamplingSettings(temperature=0.8, top_p=0.9)
-    expected = filter_logits(logits.cpu(), settings).softmax(-1)[0]
-    draws = sample(logits.expand(20000, -1), settings, torch.Generator("cuda").manual_seed(0)).cpu()
-    found = torch.bincount(draws, minlength=3000) / 20000
-    assert float((found - expected).abs().max()) < 5 * (0.25 / 20000) ** 0.5
-    assert not bool(found[expected == 0].any())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,29 +16,26 @@ from flashdrive_node.model.images import as_batch, check_frames, patch_rows, tar
 from flashdrive_node.model.vision import VisionFeatures
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """Where the frames of one layout go, and what comes of them."""
-
-    #: Per camera uint8 [frames, height, width, 3], page-locked and on the device.
-    host: list[Tensor]
-    device: list[Tensor]
-    #: [1 + levels, image tokens, text hidden].
-    features: Tensor
-    #: When the last frames have been sent, and when they have been read.
-    sent: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    read: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-
-
 class ImageEncoder:
-    """Encodes frames of some cameras; buffers are kept by the number and size of the frames."""
+    """Encodes frames of some cameras.
+
+    Frames of one size share a buffer, whatever cameras they are of, and features share another: so memory is that of
+    the most frames that came at once.
+    """
 
     def __init__(self, model: Alpamayo, graphs: Graphs | None = None):
         self.model = model
         self.graphs = graphs or Graphs(model.device, enabled=False)
         self._vision = VisionPass(model.vision)
-        self._buffers: dict[tuple[tuple[int, ...], ...], _Buffers] = {}
-        self._uploads = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        # By height and width: uint8 [frames, height, width, 3], page-locked and on the device.
+        self._frames: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # [1 + levels, image tokens, text hidden].
+        self._features: Tensor | None = None
+        self._uploads: torch.cuda.Stream | None = None
+        if model.device.type == "cuda":
+            self._uploads = torch.cuda.Stream(model.device)
+            # When the last frames have been sent, and when they have been read.
+            self._sent, self._read = torch.cuda.Event(), torch.cuda.Event()
 
     def upload(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> list[Tensor]:
         """Bring frames to the device.
@@ -48,8 +44,8 @@ class ImageEncoder:
             cameras: Per camera its frames [height, width, 3], of one size.
 
         Returns:
-            Per camera uint8 [frames, 3, height, width] on the model's device. On a GPU these are buffers that the next
-            frames of the same layout go to; the upload runs beside what the device does, which waits for it.
+            Per camera uint8 [frames, 3, height, width] on the model's device. On a GPU these are parts of buffers that
+            the next frames go to; the upload runs beside what the device does, which waits for it.
 
         Raises:
             InputError: Frames that cannot be one batch.
@@ -59,36 +55,42 @@ class ImageEncoder:
             return [as_batch(frames, name) for frames, name in zip(cameras, names, strict=True)]
         for frames, name in zip(cameras, names, strict=True):
             check_frames(frames, name)
-        buffers = self._buffers_for(cameras)
-        buffers.sent.synchronize()  # long over, unless frames come one by one
+        self._make_room(cameras)
+        self._sent.synchronize()  # long over, unless frames come one by one
+        taken, batches = dict.fromkeys(self._frames, 0), []
         with torch.cuda.stream(self._uploads):
-            self._uploads.wait_event(buffers.read)
-            for frames, host, device in zip(cameras, buffers.host, buffers.device, strict=True):
+            self._uploads.wait_event(self._read)
+            for frames in cameras:
+                size = frames[0].shape[0], frames[0].shape[1]
+                own = slice(taken[size], taken[size] + len(frames))
+                host, device = (buffer[own] for buffer in self._frames[size])
                 for i, frame in enumerate(frames):
                     if frame.flags.writeable:  # PyTorch copies with several threads, and takes no others
                         host[i].copy_(torch.from_numpy(frame))
                     else:
                         np.copyto(host[i].numpy(), frame)
                     device[i].copy_(host[i], non_blocking=True)
-            buffers.sent.record()
+                taken[size] = own.stop
+                batches.append(device.permute(0, 3, 1, 2))
+            self._sent.record()
         torch.cuda.current_stream(self.model.device).wait_stream(self._uploads)
-        return [device.permute(0, 3, 1, 2) for device in buffers.device]
+        return batches
 
     def encode(self, cameras: Sequence[Tensor]) -> VisionFeatures:
         """Features of frames that `upload` gave, camera by camera; the next call may overwrite them."""
         if self._uploads is None:
             return self._encode(cameras)
-        key = tuple((len(frames), *frames.shape[2:], 3) for frames in cameras)
-        buffers = self._buffers[key]
-        out = buffers.features
+        out = self._features_for(cameras)
 
         def run() -> None:
             features = self._encode(cameras)
             for level, tensor in enumerate((features.embeds, *features.deepstack)):
                 out[level].copy_(tensor)
 
+        # Where a batch starts within its buffer follows from the sizes in front of it.
+        key = tuple(tuple(frames.shape) for frames in cameras)
         self.graphs.run((self, key), run)
-        buffers.read.record()
+        self._read.record()
         embeds, *deepstack = out.unbind()
         return VisionFeatures(embeds, deepstack)
 
@@ -102,23 +104,29 @@ class ImageEncoder:
             runs[-1][1].append(patches)
         return joined([self._vision.run(torch.cat(rows) if len(rows) > 1 else rows[0], grid) for grid, rows in runs])
 
-    def _buffers_for(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> _Buffers:
-        key = tuple((len(frames), *frames[0].shape) for frames in cameras)
-        if key not in self._buffers:
-            device = self.model.device
-            host = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in key]
-            frames = [torch.empty(shape, dtype=torch.uint8, device=device) for shape in key]
-            self._buffers[key] = _Buffers(host, frames, self._features_for(frames))
-        return self._buffers[key]
+    def _make_room(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+        """Buffers for so many frames of every size."""
+        counts: dict[tuple[int, int], int] = {}
+        for frames in cameras:
+            size = frames[0].shape[0], frames[0].shape[1]
+            counts[size] = counts.get(size, 0) + len(frames)
+        for size, count in counts.items():
+            if size not in self._frames or len(self._frames[size][0]) < count:
+                self.graphs.clear()  # those that read the smaller buffer
+                shape = (count, *size, 3)
+                device = torch.empty(shape, dtype=torch.uint8, device=self.model.device)
+                self._frames[size] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.is_cuda), device
 
     def _features_for(self, cameras: Sequence[Tensor]) -> Tensor:
-        """Room for the features of frames [frames, height, width, 3]."""
+        """Room for the features of frames [frames, 3, height, width]."""
         config, tokens = self.model.config, 0
+        factor = config.vision.resize_factor
         for frames in cameras:
-            height, width = target_size(
-                frames.shape[1], frames.shape[2], config.min_pixels, config.max_pixels, config.vision.resize_factor
-            )
-            tokens += len(frames) * (height // config.vision.resize_factor) * (width // config.vision.resize_factor)
-        levels = 1 + len(self.model.vision.deepstack_mergers)
-        shape = (levels, tokens, config.text.hidden_size)
-        return torch.empty(shape, device=self.model.device, dtype=self.model.dtype)
+            height, width = frames.shape[2:]
+            height, width = target_size(height, width, config.min_pixels, config.max_pixels, factor)
+            tokens += len(frames) * (height // factor) * (width // factor)
+        if self._features is None or self._features.shape[1] < tokens:
+            self.graphs.clear()  # those that write to the smaller buffer
+            shape = (1 + len(self.model.vision.deepstack_mergers), tokens, config.text.hidden_size)
+            self._features = torch.empty(shape, device=self.model.device, dtype=self.model.dtype)
+        return self._features[:, :tokens]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +16,16 @@ from torch.nn.functional import embedding
 
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.sampling import draw
 from flashdrive_node.engine.kernels.visibility import block_visibility
 from flashdrive_node.engine.read_back import ReadBack
 from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
+from flashdrive_node.engine.taps import Taps
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.inference import Context, Generated, StopRule
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.rope import mrope_cos_sin
-from flashdrive_node.model.sampling import SamplingSettings, pick
+from flashdrive_node.model.sampling import SamplingSettings
 
 #: Guesses from the known token of each text, int64 [rows], and the context states [rows, context_length, context_size]:
 #: int64 [rows, block - 1].
@@ -33,37 +34,6 @@ Propose = Callable[[Tensor, Tensor], Tensor]
 
 #: Repeated texts are padded to multiples of so many tokens.
 REPEATED = 16
-
-
-class Tapped(NamedTuple):
-    """What a drafter looks at: which layers' outputs, for how many of a prompt's last tokens."""
-
-    layer_ids: tuple[int, ...]
-    last: int
-
-
-class Taps:
-    """Collects the outputs of some layers while tokens run: pass `see`, then take `states`."""
-
-    def __init__(self, layer_ids: tuple[int, ...], last: int | None = None):
-        """Keep the last `last` tokens of a pass, by default all."""
-        self._layer_ids, self._last = layer_ids, last
-        self._seen: dict[int, Tensor] = {}
-
-    def see(self, layer: int, value: Tensor) -> None:
-        """Called behind every layer with its output [T, hidden]."""
-        if layer in self._layer_ids:
-            self._seen[layer] = value if self._last is None else value[-self._last :]
-
-    def observe(self, name: str, value: Tensor) -> None:
-        """`see` for passes that report as `run_layers` does."""
-        if name.startswith("layer_out."):
-            # Copied: there the output is added to in place where image features come in behind it.
-            self.see(int(name.removeprefix("layer_out.")), value.clone())
-
-    def states(self) -> Tensor:
-        """Layers side by side in the order of their ids, [tokens, layers * hidden]."""
-        return torch.cat([self._seen[layer] for layer in self._layer_ids], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -186,7 +156,7 @@ class TextDecoder:
 
         Args:
             context: The prompt, in this decoder's cache.
-            logits: Of the first token, float32 [1, vocabulary]. Later calls give the same tensor where graphs run.
+            logits: Of the first token, [1, vocabulary]. Later calls give the same tensor where graphs run.
             states: Of `Taps` for the last `context_length` tokens of the prompt; the same holds.
             generator: Source of randomness on the model's device.
         """
@@ -247,9 +217,9 @@ class TextDecoder:
             self._noise[:draws].exponential_(generator=generator)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """The model's own tokens: float32 [n, vocabulary] -> int64 [n]."""
+        """The model's own tokens: logits [n, vocabulary], which are changed, to int64 [n]."""
         noise = None if self._noise is None else self._noise[: len(logits)]
-        return pick(forbid(logits, self.rule), self.settings, noise)
+        return draw(forbid(logits, self.rule), self.settings, noise)
 
     def _first(self, logits: Tensor, states: Tensor | None) -> None:
         """Take the first tokens, and forget what was generated before."""
@@ -327,6 +297,11 @@ class TextDecoder:
         )
         states = taps.states() if layer_ids else hidden[:, :0]
         return hidden, states.unflatten(0, (rows, size))
+
+    def rehearse(self) -> None:
+        """Run what few texts need, so that it is captured: call twice behind a text."""
+        self._tail.zero_()
+        self.graphs.run((self, "tail"), self._run_tail)
 
     def _run_tail(self) -> None:
         """Put one more token of each text into the cache."""

@@ -10,24 +10,22 @@ older window; only image tokens are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.ageing import age
-from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.rotary import KeptKeys
-from flashdrive_node.engine.kernels.visibility import up_to
-from flashdrive_node.engine.slot_pass import next_logits, run_at_slots
-from flashdrive_node.engine.speculative import Tapped, Taps
+from flashdrive_node.engine.row_pass import run_rows
+from flashdrive_node.engine.slot_pass import next_logits
+from flashdrive_node.engine.taps import Tapped, Taps
 from flashdrive_node.engine.window_plan import Mode, WindowPlan, match_frames, plan_window
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.attention import attend_causal
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.inference import Context
 from flashdrive_node.model.kv_cache import KVCache
@@ -95,7 +93,7 @@ class Stream:
         #: Of `tapped`, for the last window: [tokens, layers * hidden].
         self.states: Tensor | None = None
         # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
-        self._placed: dict[Hashable, tuple[WindowPlan, WindowPlan]] = {}
+        self._placed: OrderedDict[Hashable, tuple[WindowPlan, WindowPlan]] = OrderedDict()
         # Layout and stamps of the last window, or None where nothing may be kept.
         self._prompt: Prompt | None = None
         self._stamps: tuple[tuple[int, ...], ...] | None = None
@@ -157,13 +155,16 @@ class Stream:
             features: Of that frame.
 
         Returns:
-            False where nothing was done, because the frame is no newer one or the mode keeps no keys and values.
+            False where nothing was done, because the frame is no newer one or of another size, the camera is the last,
+            or the mode keeps no keys and values.
         """
         stamps, prompt, camera = self._stamps, self._prompt, self._ahead
         if stamps is None or prompt is None or camera_index != self.next_camera:
             raise ValueError(f"camera {self.next_camera} is required, found {camera_index}")
         if self.settings.mode != "kv" or camera + 1 == len(stamps) or stamp_ns <= stamps[camera][-1]:
             return False
+        if len(features.embeds) != prompt.images[camera * prompt.frames_per_camera].count:
+            return False  # a picture of another size starts the stream anew, with its window
         still: tuple[int | None, ...] = tuple(range(prompt.frames_per_camera))
         sources = tuple((*still[1:], None) if i == camera else still for i in range(len(stamps)))
         plan = plan_window(prompt, sources, "kv", (), self.model.device, (camera, camera + 1))
@@ -183,7 +184,7 @@ class Stream:
         self._room_for(plan)
         if len(plan.moves.target):
             placed = self._place(plan)
-            self.graphs.run((self, "age", plan.structure), lambda: self._age(placed))
+            self.graphs.run((self, "age", placed), lambda: self._age(placed))
         self._aged = plan
 
     def prefill(
@@ -197,13 +198,13 @@ class Stream:
 
         Args:
             plan: Of `plan`, for this window and since the last.
-            ids: The prompt's ids with history filled in, on the model's device, int64 [T].
+            ids: The prompt's ids with history filled in, int64 [T], on the host or the model's device.
             stamps: As in `plan`.
             features: Of the images that the plan names, in order; None where it names none.
 
         Returns:
-            The context, and the logits of the first generated token, float32 [1, vocabulary], in the same tensor as
-            ever.
+            The context, and the logits of the first generated token, [1, vocabulary] in the model's type, in the same
+            tensor as ever.
         """
         self._stamps = None  # nothing may be kept of a window that did not come through
         self._ahead = 0
@@ -224,7 +225,7 @@ class Stream:
         self._aged = None
         self._take_features(plan, features)
         placed = self._place(plan)
-        self.graphs.run((self, "rows", plan.structure), lambda: self._compute(placed))
+        self.graphs.run((self, "rows", placed), lambda: self._compute(placed))
 
     def _place(self, plan: WindowPlan) -> WindowPlan:
         """The plan in tensors that are the same ones for all plans of its structure, as a graph needs it."""
@@ -233,6 +234,9 @@ class Stream:
         structure = plan.structure
         if structure not in self._placed:
             self._placed[structure] = plan.clone(), plan
+            if len(self._placed) > self.graphs.limit:  # a graph of it goes on having its own
+                self._placed.popitem(last=False)
+        self._placed.move_to_end(structure)
         placed, filled_from = self._placed[structure]
         if filled_from is not plan:
             for target, source in zip(placed.tensors, plan.tensors, strict=True):
@@ -295,7 +299,7 @@ class Stream:
             shape = (c.num_layers, c.num_kv_heads, tokens + 1, c.head_dim)
             self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._ids = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device)
+        self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device, dtype=dtype)
         if self.tapped.layer_ids:
             width = len(self.tapped.layer_ids) * c.hidden_size
             self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
@@ -318,58 +322,3 @@ class Stream:
         if features is not None:
             for level, new in enumerate((features.embeds, *features.deepstack)):
                 self._features[level].index_copy_(0, plan.encode_tokens, new)
-
-
-def run_rows(
-    model: Alpamayo,
-    plan: WindowPlan,
-    ids: Tensor,
-    cache: KVCache,
-    features: VisionFeatures,
-    kept: Callable[[int], KeptKeys] | None = None,
-    taps: Taps | None = None,
-) -> Tensor:
-    """Compute some tokens of a prompt, while the cache holds the others.
-
-    Args:
-        model: The network.
-        plan: The window, and which of its tokens.
-        ids: Of the whole prompt, int64 [T].
-        cache: Slots of the prompt, of which those of the plan's rows are written.
-        features: Of all images.
-        kept: See `run_at_slots`.
-        taps: Shown the outputs of the layers.
-
-    Returns:
-        Hidden state of the last one of them behind the final norm, [1, hidden].
-    """
-    language, config, rows = model.language, model.config.text, plan.rows
-    x = embedding(ids[rows.slots], language.embed_tokens.weight)
-    x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
-    # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
-    visible = None if rows.whole else up_to(rows.slots + 1)
-
-    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if visible is None:
-            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
-        return attend_visible(q, keys, values, visible)
-
-    def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
-        if layer >= len(features.deepstack):
-            return None
-        return rows.image_rows, features.deepstack[layer][rows.image_tokens]
-
-    rotation = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
-    hidden = run_at_slots(
-        language.layers,
-        language.norm,
-        x,
-        rotation,
-        rows.slots,
-        cache,
-        attention,
-        kept,
-        None if taps is None else taps.see,
-        deepstack,
-    )
-    return hidden[-1:]

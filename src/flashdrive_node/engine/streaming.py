@@ -23,9 +23,10 @@ from flashdrive_node.engine.image_encoder import ImageEncoder
 from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, Tapped, TextDecoder
+from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
+from flashdrive_node.engine.taps import Tapped
 from flashdrive_node.engine.vision_pass import copied, joined, split
 from flashdrive_node.engine.window_plan import plan_window
 from flashdrive_node.model.errors import InputError, ModelError
@@ -62,9 +63,9 @@ class Encoded:
 class StreamingEngine(PlainEngine):
     """Engine protocol over a stream of windows."""
 
-    #: The first window computes everything, the others what a new frame per camera takes. A stage is captured the
-    #: second time that it runs, and the third shows it at work.
-    warm_up_windows = 4
+    #: Two windows compute everything, the others what a new frame per camera takes. A stage is captured the second time
+    #: that it runs, and the third shows it at work.
+    warm_up_windows = 5
 
     def __init__(self, settings: StreamingSettings, loaded: LoadedModel | None = None, drafter: Drafter | None = None):
         """`loaded` and `drafter` are networks to use in place of the settings' files."""
@@ -99,17 +100,30 @@ class StreamingEngine(PlainEngine):
     def warm_up(self, progress: Progress | None = None) -> None:
         """Grey windows through every stage; on a GPU the stages are captured meanwhile."""
         super().warm_up(progress)
+        if self._stages is not None:
+            with torch.inference_mode():
+                for _ in range(2):
+                    self._stages.decoder.rehearse()
         if self.graphs is not None and progress:
             captures, seconds = self.graphs.captures, self.graphs.capture_s
             progress(1.0, f"warm, {captures} stages captured in {seconds:.1f} s" if captures else "warm")
 
+    def _grey_window(self, window: int) -> Observation:
+        # The second one has no frame of the first.
+        return super()._grey_window(window + self.settings.frames if window else 0)
+
     def step(self, observation: Observation) -> Prediction:
         """Answer one observation; what it has in common with the last one is not computed again."""
+        before = 0 if self.graphs is None else self.graphs.captures
         try:
-            return super().step(observation)
+            prediction = super().step(observation)
         except BaseException:
             self._forget()
             raise
+        captured = 0 if self.graphs is None else self.graphs.captures - before
+        if captured:  # which explains a slow window
+            prediction.metrics["graph_captures"] = float(captured)
+        return prediction
 
     @torch.inference_mode()
     def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> None:

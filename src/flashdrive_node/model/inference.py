@@ -245,7 +245,6 @@ def velocity_field(
     context: Context,
     text: Generated,
     observe: Observe | None = None,
-    owners: Tensor | None = None,
 ) -> Velocity:
     """The expert on one context, for all rows at once.
 
@@ -257,8 +256,6 @@ def velocity_field(
         context: Prompt and generated texts.
         text: The texts, for where each ends.
         observe: Receives "position", "attend" once, and what `ActionExpert.forward` gives at every step.
-        owners: The row that each slot behind the prefix belongs to (negative: all), int64 [used - prefix], where every
-            slot counts and they are not dealt out step by step.
 
     Returns:
         Velocity on [rows, waypoints, 2].
@@ -271,13 +268,10 @@ def velocity_field(
     cos, sin = mrope_cos_sin(positions, model.config.expert, model.dtype)
     mask = None
     # One text whose every slot counts needs no mask; a context with slots behind the text's end does.
-    if rows > 1 or (owners is None and used - context.prefix > text.lengths[0]):
+    if rows > 1 or used - context.prefix > text.lengths[0]:
         row = torch.arange(rows, device=device)
-        if owners is None:
-            slot = torch.arange(used - context.prefix, device=device)
-            own_text = (slot % rows == row[:, None]) & (slot // rows < (offsets - context.prefix)[:, None])
-        else:
-            own_text = (owners == row[:, None]) | (owners < 0)
+        slot = torch.arange(used - context.prefix, device=device)
+        own_text = (slot % rows == row[:, None]) & (slot // rows < (offsets - context.prefix)[:, None])
         prefix = torch.ones(rows, context.prefix, dtype=torch.bool, device=device)
         own_waypoints = (row[:, None] == row[None, :]).repeat_interleave(waypoints, dim=1)
         mask = torch.cat((prefix, own_text, own_waypoints), dim=1).repeat_interleave(waypoints, dim=0)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flashdrive_node.model.errors import InputError
 
@@ -42,63 +41,21 @@ def filter_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
     Top-p keeps the likeliest tokens until their sum reaches p, and always one.
     """
-    logits = _top_k(logits / settings.temperature, settings)
+    logits = logits / settings.temperature
+    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
+        kth = logits.topk(settings.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
     if settings.top_p < 1:
         ascending, order = logits.sort(dim=-1)
-        dropped = _behind_top_p(ascending.softmax(dim=-1), settings.top_p)
+        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - settings.top_p
+        dropped[..., -1] = False
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
     return logits
-
-
-def _top_k(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    if settings.top_k is None or settings.top_k >= logits.shape[-1]:
-        return logits
-    kth = logits.topk(settings.top_k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < kth, -torch.inf)
-
-
-def _behind_top_p(ascending: Tensor, top_p: float) -> Tensor:
-    """Which of ascending probabilities [rows, vocabulary] are left out."""
-    dropped = _running_sum(ascending) <= 1 - top_p
-    dropped[..., -1] = False
-    return dropped
-
-
-def _running_sum(x: Tensor, piece: int = 512) -> Tensor:
-    """``x.cumsum(-1)`` of [rows, n]; on a GPU piece by piece, where one long scan per row leaves the device idle."""
-    if not x.is_cuda:
-        return x.cumsum(dim=-1)
-    size = x.shape[-1]
-    inner = pad(x, (0, -size % piece)).unflatten(-1, (-1, piece)).cumsum(dim=-1)
-    totals = inner[..., -1]
-    return (inner + (totals.cumsum(dim=-1) - totals)[..., None]).flatten(-2)[..., :size]
 
 
 def sample(logits: Tensor, settings: SamplingSettings, generator: torch.Generator | None) -> Tensor:
     """Draw one token per row: float32 [rows, vocabulary] -> int64 [rows]."""
     if settings.greedy:
         return logits.argmax(dim=-1)
-    return pick(logits, settings, torch.empty_like(logits).exponential_(generator=generator))
-
-
-def pick(logits: Tensor, settings: SamplingSettings, noise: Tensor | None) -> Tensor:
-    """`sample` with its randomness given: the token that an exponential race of the probabilities is won by.
-
-    Args:
-        logits: float32 [rows, vocabulary].
-        settings: How tokens are drawn.
-        noise: Exponentially distributed, float32 [rows, vocabulary]; not looked at by a greedy choice.
-
-    Returns:
-        int64 [rows].
-    """
-    if settings.greedy:
-        return logits.argmax(dim=-1)
-    assert noise is not None
-    if settings.top_p == 1:
-        return (_top_k(logits / settings.temperature, settings).softmax(dim=-1) / noise).argmax(dim=-1)
-    # Tokens race in the order of their probabilities, so that the filter need not be carried back to theirs.
-    ascending, order = _top_k(logits / settings.temperature, settings).sort(dim=-1)
-    probabilities = ascending.softmax(dim=-1)
-    racing = probabilities.masked_fill(_behind_top_p(probabilities, settings.top_p), 0.0)
-    return order.gather(-1, (racing / noise).argmax(dim=-1, keepdim=True))[:, 0]
+    probabilities = filter_logits(logits, settings).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

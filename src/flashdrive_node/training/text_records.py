@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.engine.protocol import Observation
-from flashdrive_node.engine.speculative import Taps
+from flashdrive_node.engine.taps import Taps
 from flashdrive_node.evaluation.clip import ClipSource
 from flashdrive_node.model import batched
 from flashdrive_node.model.batched import BatchContext

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashdrive_node.engine.drafter import (
+    VOCABULARY_FILE,
     Drafter,
     convert_mask_embedding,
     load_drafter,
     parse_drafter_config,
+    read_draft_vocabulary,
     read_mask_embedding,
 )
-from flashdrive_node.model.errors import CheckpointError, ConfigError
+from flashdrive_node.model.errors import CheckpointError, ConfigError, InputError
 from support.small_models import random_model, small_config
 
 RECORDED = Path(__file__).parents[1] / "data" / "dflash_small"
@@ -68,6 +70,34 @@ def test_proposals_are_the_likeliest_tokens_of_the_targets_head(directory):
     assert not set(drafter.propose(model.language, token, context, bias)[0].tolist()) & set(guesses.tolist())
     # Stateless: the same call again gives the same guesses.
     assert torch.equal(drafter.propose(model.language, token, context, None)[0], guesses)
+
+
+def test_reduced_vocabulary_guesses_its_own_tokens_alone(directory):
+    drafter, model = load(directory), random_model(TARGET, 0)
+    token, context = torch.tensor([17, 3]), torch.randn(2, 3, drafter.config.context_size)
+    hidden = drafter(model.language.embed_tokens.weight[token], context)
+    ids = torch.tensor([40, 7, 93, 12])
+    scores = hidden @ model.language.lm_head.weight[ids].T
+    assert read_draft_vocabulary(directory) is None
+    save_file({"ids": ids}, directory / VOCABULARY_FILE)
+    drafter.restrict(model.language, read_draft_vocabulary(directory))
+    assert torch.equal(drafter.propose(model.language, token, context, None), ids[scores.argmax(dim=-1)])
+    bias = torch.zeros(len(model.language.lm_head.weight))
+    bias[[40, 93, 12]] = -torch.inf
+    assert set(drafter.propose(model.language, token, context, bias).flatten().tolist()) == {7}
+
+
+@pytest.mark.parametrize("ids", [[], [3, 3], [-1, 2], [2, 10**6]], ids=str)
+def test_bad_draft_vocabularies_are_refused(directory, ids):
+    drafter, model = load(directory), random_model(TARGET, 0)
+    with pytest.raises(InputError, match="draft vocabulary: different ids of 0 to"):
+        drafter.restrict(model.language, torch.tensor(ids, dtype=torch.int64))
+    save_file({"tokens": torch.arange(3)}, directory / VOCABULARY_FILE)
+    with pytest.raises(CheckpointError, match="int64 'ids' alone are required, found"):
+        read_draft_vocabulary(directory)
+    (directory / VOCABULARY_FILE).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_draft_vocabulary(directory)
 
 
 def test_both_layouts_of_the_configuration(directory):

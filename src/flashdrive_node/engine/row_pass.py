@@ -1,0 +1,75 @@
+"""A pass over some tokens of a prompt, while the cache holds the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.rotary import KeptKeys
+from flashdrive_node.engine.kernels.visibility import up_to
+from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.engine.taps import Taps
+from flashdrive_node.engine.window_plan import WindowPlan
+from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.attention import attend_causal
+from flashdrive_node.model.kv_cache import KVCache
+from flashdrive_node.model.rope import mrope_cos_sin
+from flashdrive_node.model.vision import VisionFeatures
+
+
+def run_rows(
+    model: Alpamayo,
+    plan: WindowPlan,
+    ids: Tensor,
+    cache: KVCache,
+    features: VisionFeatures,
+    kept: Callable[[int], KeptKeys] | None = None,
+    taps: Taps | None = None,
+) -> Tensor:
+    """Compute some tokens of a prompt, while the cache holds the others.
+
+    Args:
+        model: The network.
+        plan: The window, and which of its tokens.
+        ids: Of the whole prompt, int64 [T].
+        cache: Slots of the prompt, of which those of the plan's rows are written.
+        features: Of all images.
+        kept: See `run_at_slots`.
+        taps: Shown the outputs of the layers.
+
+    Returns:
+        Hidden state of the last one of them behind the final norm, [1, hidden].
+    """
+    language, config, rows = model.language, model.config.text, plan.rows
+    x = embedding(ids[rows.slots], language.embed_tokens.weight)
+    x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
+    # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
+    visible = None if rows.whole else up_to(rows.slots + 1)
+
+    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if visible is None:
+            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
+        return attend_visible(q, keys, values, visible)
+
+    def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
+        if layer >= len(features.deepstack):
+            return None
+        return rows.image_rows, features.deepstack[layer][rows.image_tokens]
+
+    rotation = mrope_cos_sin(plan.positions[:, rows.slots], config, x.dtype)
+    hidden = run_at_slots(
+        language.layers,
+        language.norm,
+        x,
+        rotation,
+        rows.slots,
+        cache,
+        attention,
+        kept,
+        None if taps is None else taps.see,
+        deepstack,
+    )
+    return hidden[-1:]
