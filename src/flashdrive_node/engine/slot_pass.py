@@ -87,5 +87,5 @@ def run_at_slots(
 
 
 def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:
-    """`LanguageModel.logits` for few tokens, whose time is the reading of the head."""
-    return skinny_linear(hidden, language.lm_head.weight).float()
+    """Next-token logits in the model's type, for few tokens: [T, hidden] -> [T, vocabulary]."""
+    return skinny_linear(hidden, language.lm_head.weight)
