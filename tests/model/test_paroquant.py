@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.model.givens import pair_index, random_pairs, rotate_pairs, rotate_pairs_back
+from flashdrive_node.model.givens import (
+    pair_index,
+    random_pairs,
+    rotate_by_blocks,
+    rotate_pairs,
+    rotate_pairs_back,
+    rotation_blocks,
+)
 from flashdrive_node.model.int4 import Int4Weight, dequantise, pack_bytes, quantise, unpack_bytes
 from flashdrive_node.model.paro_layouts import pack_words, read_generic, unpack_words, write_generic
 from flashdrive_node.model.paroquant import ALWAYS, MAX_CHANNEL_SCALE, NEVER, ParoLinear, ParoWeight
@@ -54,6 +61,7 @@ def test_turning_there_and_back_is_nothing(rows: int, groups: int, size: int, se
     turned = rotate_pairs(x, index, angles)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(rotate_pairs_back(turned, index, angles), x)
+    torch.testing.assert_close(rotate_by_blocks(x, rotation_blocks(index, angles, size)), turned)
 
 
 def test_rotation_is_the_rule_pair_by_pair() -> None:

@@ -21,6 +21,7 @@ from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.errors import CheckpointError, ConfigError, InputError
+from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.language import LanguageModel
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
 from flashdrive_node.model.safetensors_file import TensorSpec, write_file
@@ -152,14 +153,16 @@ class Drafter(nn.Module):
         Raises:
             InputError: No ids, ids outside of the target's vocabulary, or one twice.
         """
-        rows = len(language.lm_head.weight)
+        rows = len(language.embed_tokens.weight)
         outside = ids.ndim != 1 or not len(ids) or bool((ids < 0).any()) or bool((ids >= rows).any())
         if outside or ids.dtype != torch.int64 or len(ids.unique()) < len(ids):
             raise InputError(
                 f"draft vocabulary: different ids of 0 to {rows - 1} are required, found {ids.tolist()[:8]}"
             )
-        ids = ids.to(language.lm_head.weight.device)
-        self._reduced = ids, language.lm_head.weight[ids].contiguous()
+        head, table = cast(nn.Module, language.lm_head), language.embed_tokens.weight
+        ids = ids.to(table.device)
+        held = head.rows(ids) if isinstance(head, Int8Linear) else language.lm_head.weight[ids]
+        self._reduced = ids, held.to(table.dtype).contiguous()
 
     def forward(self, token: Tensor, context: Tensor) -> Tensor:
         """Hidden states of the guesses for several texts at once.

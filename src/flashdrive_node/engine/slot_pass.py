@@ -12,7 +12,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import skinny_linear
+from flashdrive_node.engine.kernels.linear import project
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
@@ -60,7 +60,7 @@ def run_at_slots(
         heads = HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
         keys, values = cache.keys[i], cache.values[i]
         q = norm_rope_write(
-            skinny_linear(hidden, layer.qkv.weight),
+            project(hidden, layer.qkv),
             heads,
             cos,
             sin,
@@ -69,10 +69,10 @@ def run_at_slots(
             slots,
             None if kept is None else kept(i),
         )
-        update = skinny_linear(attention(q, keys, values), layer.o_proj.weight)
+        update = project(attention(q, keys, values), layer.o_proj)
         x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
-        gated = silu_mul(skinny_linear(hidden, layer.gate_up.weight))
-        update = skinny_linear(gated, layer.down.weight)
+        gated = silu_mul(project(hidden, layer.gate_up))
+        update = project(gated, layer.down)
         extra = None if added is None else added(i)
         if extra is None:
             x, hidden = add_rms_norm(x, update, next_norm.weight, next_norm.eps)
@@ -88,4 +88,4 @@ def run_at_slots(
 
 def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:
     """Next-token logits in the model's type, for few tokens: [T, hidden] -> [T, vocabulary]."""
-    return skinny_linear(hidden, language.lm_head.weight)
+    return project(hidden, language.lm_head)

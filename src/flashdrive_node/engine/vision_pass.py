@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from flashdrive_node.engine.kernels.vision import add_layer_norm, gelu_linear, layer_norm, rotate_queries_and_keys
 from flashdrive_node.model.rope import vision_cos_sin
@@ -47,7 +47,7 @@ class VisionPass:
             update = self._attend(block, hidden, images, cos, sin)
             norm = block.norm2
             x, hidden = add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
-            update = linear(gelu_linear(hidden, block.fc1.weight, block.fc1.bias), block.fc2.weight, block.fc2.bias)
+            update = block.fc2(_gelu_layer(hidden, block.fc1))
             if following is None:
                 x = x + update
             else:
@@ -58,11 +58,18 @@ class VisionPass:
         return VisionFeatures(tower.merger(x), deepstack)
 
     def _attend(self, block: VisionBlock, hidden: Tensor, images: int, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = linear(hidden, block.qkv.weight, block.qkv.bias)
-        parts = rotate_queries_and_keys(qkv, block.heads, cos, sin)
+        parts = rotate_queries_and_keys(block.qkv(hidden), block.heads, cos, sin)
         q, k, v = (part.unflatten(0, (images, -1)).transpose(1, 2) for part in parts)
         attended = scaled_dot_product_attention(q, k, v)  # [images, heads, patches, head_dim]
-        return linear(attended.transpose(1, 2).reshape(hidden.shape), block.proj.weight, block.proj.bias)
+        result: Tensor = block.proj(attended.transpose(1, 2).reshape(hidden.shape))
+        return result
+
+
+def _gelu_layer(x: Tensor, layer: nn.Module) -> Tensor:
+    """The first layer of an MLP with the tanh form of GELU, in whatever format its weight is."""
+    if isinstance(layer, nn.Linear):
+        return gelu_linear(x, layer.weight, layer.bias)
+    return gelu(layer(x), approximate="tanh")
 
 
 def joined(parts: list[VisionFeatures]) -> VisionFeatures:

@@ -52,9 +52,9 @@ class Alpamayo(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.language.lm_head.weight.device
+        return self.language.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the large weights and of the cache."""
-        return self.language.lm_head.weight.dtype
+        """Type of activations, of the cache, and of weights that are not quantised."""
+        return self.language.norm.weight.dtype

@@ -66,7 +66,7 @@ def save_checkpoint(
         TensorSpec(slot.name, slot.shape, dtype or tensors[slot.target].dtype, partial(released, slot, tensors))
         for slot in release_slots(config)
     ]
-    return _write(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
+    return write_checkpoint(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
 
 
 def released(slot: TensorSlot, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +91,7 @@ def random_checkpoint(
         TensorSpec(slot.name, slot.shape, dtype, partial(random_tensor, slot, config, seed, device, dtype))
         for slot in release_slots(config)
     ]
-    return _write(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
+    return write_checkpoint(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
 
 
 def random_weights(model: nn.Module, config: AlpamayoConfig, device: torch.device | str, seed: int = 0) -> None:
@@ -131,14 +131,18 @@ def _constant(slot: TensorSlot, config: AlpamayoConfig) -> Tensor:
     return torch.tensor(getattr(config.action_space, slot.name.rpartition(".")[2]))
 
 
-def _write(
-    specs: list[TensorSpec],
+def write_checkpoint(
+    specs: Sequence[TensorSpec],
     config: AlpamayoConfig,
     directory: Path,
     max_shard_bytes: int,
     dtype: torch.dtype | None,
     tokenizer_files_dir: Path | None,
 ) -> Path:
+    """Write given tensors with a configuration. Arguments, result and errors as in `save_checkpoint`.
+
+    `specs` say the types; `dtype` is what the configuration gives for them, None leaves it as it is.
+    """
     problems = [] if max_shard_bytes > 0 else [f"max_shard_bytes must be positive, found {max_shard_bytes}"]
     if bad := sorted({str(spec.dtype) for spec in specs if spec.dtype not in DTYPE_NAMES}):
         problems.append(f"types {', '.join(map(str, DTYPE_NAMES))} can be written, found {', '.join(bad)}")

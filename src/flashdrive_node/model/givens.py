@@ -61,6 +61,18 @@ def rotate_pairs_back(x: Tensor, index: Tensor, angles: Tensor) -> Tensor:
     return rotate_pairs(x, index.flip(0), -angles.flip(0))
 
 
+def rotation_blocks(index: Tensor, angles: Tensor, group_size: int) -> Tensor:
+    """A rotation as one orthogonal matrix per group: [groups, group_size, group_size]; differentiable."""
+    groups = index.shape[1] // group_size
+    units = torch.eye(group_size, dtype=angles.dtype, device=angles.device).repeat(1, groups)
+    return rotate_pairs(units, index, angles).unflatten(1, (groups, group_size)).transpose(0, 1)
+
+
+def rotate_by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """What `rotate_pairs` gives, up to rounding: x [rows, K], blocks of `rotation_blocks` -> [rows, K]."""
+    return torch.einsum("rgi,gij->rgj", x.unflatten(1, (len(blocks), -1)), blocks).flatten(1)
+
+
 def random_pairs(channels: int, rounds: int, group_size: int, generator: torch.Generator) -> Tensor:
     """Pairs drawn at random, anew for every round and group.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from flashdrive_node.engine.kernels.backend import uses_triton
@@ -31,3 +31,11 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
 
         return run(x, weight)
     return linear(x, weight)
+
+
+def project(x: Tensor, layer: nn.Module) -> Tensor:
+    """A linear layer without bias in whatever format its weight is: [M, K] -> [M, N] in x's type."""
+    if isinstance(layer, nn.Linear):
+        return skinny_linear(x, layer.weight)
+    result: Tensor = layer(x)
+    return result

@@ -1,0 +1,123 @@
+"""In which format the weights of each stage are kept and computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.fp8 import Fp8Linear
+from flashdrive_node.model.int8 import Int8Linear
+from flashdrive_node.model.paroquant import ALWAYS, NEVER
+from flashdrive_node.model.quantised_loading import Convert
+
+#: What a stage can be in. "bf16" is the type that the model is loaded in, float32 on a CPU.
+BF16, FP8, INT8, W4A8, W4A16 = "bf16", "fp8", "int8", "w4a8", "w4a16"
+#: Formats of a stage, the release's own first.
+FORMATS = {
+    "vision": (BF16, FP8),
+    "prefill": (BF16, FP8, W4A8, W4A16),
+    "decode": (BF16, FP8, W4A8, W4A16),
+    "lm_head": (BF16, INT8),
+    "expert": (BF16, FP8),
+}
+_FOUR_BITS = (W4A8, W4A16)
+#: Key of ``config.json`` under which a checkpoint says what it was quantised for.
+PRECISION_KEY = "stage_precision"
+#: Rows of inputs up to which a pass counts as decoding: a block of drafted tokens for each of six samples.
+DECODE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class StagePrecision:
+    """A format for every stage. Prefill and decoding use the same weights, so they differ in activations at most."""
+
+    vision: str = BF16
+    prefill: str = BF16
+    decode: str = BF16
+    lm_head: str = BF16
+    expert: str = BF16
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{stage}: one of {', '.join(allowed)} is required, found {getattr(self, stage)!r}"
+            for stage, allowed in FORMATS.items()
+            if getattr(self, stage) not in allowed
+        ]
+        if self.prefill != self.decode and (self.prefill, self.decode) != (W4A8, W4A16):
+            problems.append(
+                "prefill and decode use the same weights: one format, or w4a8 and w4a16, is required, "
+                f"found {self.prefill} and {self.decode}"
+            )
+        if problems:
+            raise InputError("precision: " + "; ".join(problems))
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any]) -> StagePrecision:
+        """From a preset's name, "STAGE=FORMAT,..." or a block of stages; stages that are not named stay bf16.
+
+        Raises:
+            InputError: No such preset or stage, or a format that a stage cannot have.
+        """
+        if isinstance(value, str):
+            if value in PRESETS:
+                return PRESETS[value]
+            value = dict(part.partition("=")[::2] for part in value.split(","))
+        if not isinstance(value, Mapping):
+            raise InputError(f"precision: a preset or stages are required, found {value!r:.60}")
+        unknown = set(value) - {field.name for field in fields(cls)}
+        if unknown:
+            raise InputError(
+                f"precision: one of {', '.join(PRESETS)}, or STAGE=FORMAT,... of the stages {', '.join(FORMATS)} "
+                f"is required, found {', '.join(sorted(unknown))!r}"
+            )
+        return cls(**value)
+
+    def as_dict(self) -> dict[str, str]:
+        """By stage, for JSON."""
+        return asdict(self)
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether the text layers' weights have 4 bits, and so must come from a quantised checkpoint."""
+        return self.decode in _FOUR_BITS
+
+    @property
+    def int8_from(self) -> int:
+        """Rows of inputs from which 4-bit layers round them to int8 (`ParoLinear`)."""
+        if self.prefill == self.decode:
+            return ALWAYS if self.decode == W4A8 else NEVER
+        return DECODE_ROWS + 1
+
+    def conversions(self, model: nn.Module, stored: frozenset[str] = frozenset()) -> dict[str, Convert]:
+        """What becomes of the linear layers of an `Alpamayo` on the meta device, by name, where it is not nothing.
+
+        Args:
+            model: The model.
+            stored: Linear layers that the checkpoint holds in 4 bits.
+        """
+        kinds: dict[str, Convert] = {FP8: Fp8Linear, INT8: Int8Linear}
+        places = {
+            "vision": ("vision.blocks.", "vision.merger.", "vision.deepstack_mergers."),
+            "decode": ("language.layers.",),
+            "lm_head": ("language.lm_head",),
+            "expert": ("expert.layers.",),
+        }
+        return {
+            name: kinds[getattr(self, stage)]
+            for stage, prefixes in places.items()
+            if getattr(self, stage) in kinds
+            for name, module in model.named_modules()
+            if name.startswith(prefixes) and isinstance(module, nn.Linear) and name not in stored
+        }
+
+
+PRESETS = {
+    "bf16": StagePrecision(),
+    "fp8": StagePrecision(vision=FP8, prefill=FP8, decode=FP8, lm_head=INT8, expert=FP8),
+    "w4a8": StagePrecision(vision=FP8, prefill=W4A8, decode=W4A8, lm_head=INT8, expert=FP8),
+    "w4a16": StagePrecision(vision=FP8, prefill=W4A16, decode=W4A16, lm_head=INT8, expert=FP8),
+}

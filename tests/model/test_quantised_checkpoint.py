@@ -1,0 +1,214 @@
+"""Checkpoints of 4-bit layers: written, found in their files, read back, and refused where something is wrong."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.errors import CheckpointError, InputError
+from flashdrive_node.model.fp8 import Fp8Linear
+from flashdrive_node.model.givens import random_pairs
+from flashdrive_node.model.int4 import quantise
+from flashdrive_node.model.int8 import Int8Linear
+from flashdrive_node.model.linear import QuantisedLinear, SideBySide
+from flashdrive_node.model.loading import LoadedModel, load_alpamayo
+from flashdrive_node.model.paro_layouts import read_generic
+from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear, ParoWeight
+from flashdrive_node.model.precision import PRESETS, StagePrecision
+from flashdrive_node.model.quantised_writer import save_quantised
+from flashdrive_node.training.architecture import alpamayo_small
+from flashdrive_node.training.vocabulary import build_tokenizer
+from support.checkpoints import edit_json
+from support.small_models import random_model
+from support.tiny_dimensions import TINY
+
+FIXTURE = Path(__file__).parent.parent / "data" / "paroquant_layer.safetensors"
+DIMS = TINY | {"text_hidden": 128, "text_mlp": 128, "text_heads": 4, "kv_heads": 2}
+Q_PROJ = "vlm.model.language_model.layers.1.self_attn.q_proj"
+
+
+def four_bit(model: Alpamayo) -> dict[str, ParoWeight]:
+    """Every text layer in 4 bits: o_proj (64 columns) does not fit groups of 128, and stays as it is."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    for name, module in model.named_modules():
+        if not (name.startswith("language.layers.") and isinstance(module, torch.nn.Linear)) or name.endswith("o_proj"):
+            continue
+        columns = module.in_features
+        layers[name] = ParoWeight(
+            random_pairs(columns, 8, 128, generator),
+            torch.zeros(8, columns // 2).half(),
+            torch.ones(columns).half(),
+            quantise(module.weight, 128),
+        )
+    return layers
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vocabulary")
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer_files: Path) -> Alpamayo:
+    return random_model(alpamayo_small(build_tokenizer(tokenizer_files), **DIMS), seed=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(plain: Alpamayo, tokenizer_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantised") / "checkpoint"
+    return save_quantised(plain, four_bit(plain), PRESETS["w4a8"], plain.config, directory, tokenizer_files)
+
+
+def load(directory: Path, precision: StagePrecision | None = None) -> LoadedModel:
+    return load_alpamayo(directory, dtype=torch.float32, precision=precision, hash_files=False)
+
+
+def test_layer_packed_by_the_public_package() -> None:
+    tensors = load_file(FIXTURE)
+    stored = {name.removeprefix("layer."): t for name, t in tensors.items() if name.startswith("layer.")}
+    found = ParoLinear(read_generic(stored)).dequantised()
+    torch.testing.assert_close(found, tensors["pseudo_weight"], atol=1e-6, rtol=0)
+
+
+def test_what_is_written_is_read(plain: Alpamayo, checkpoint: Path) -> None:
+    loaded = load(checkpoint)
+    assert loaded.precision == PRESETS["w4a8"]
+    layers = four_bit(plain)
+    for name, weight in layers.items():
+        layer = loaded.model.get_submodule(name)
+        assert isinstance(layer, ParoLinear), name
+        assert layer.int8_from == ALWAYS
+        assert torch.equal(layer.dequantised(), ParoLinear(weight).dequantised())
+    assert isinstance(loaded.model.language.lm_head, Int8Linear)
+    assert isinstance(loaded.model.vision.blocks[0].fc1, Fp8Linear)
+    assert isinstance(loaded.model.expert.layers[0].qkv, Fp8Linear)
+    assert isinstance(loaded.model.language.layers[0].o_proj, torch.nn.Linear)
+    assert loaded.model.dtype == torch.float32
+    assert not any(tensor.is_meta for tensor in [*loaded.model.parameters(), *loaded.model.buffers()])
+
+
+def test_stages_choose_what_the_layers_do(checkpoint: Path) -> None:
+    stages = StagePrecision(prefill="w4a8", decode="w4a16")
+    model = load(checkpoint, stages).model
+    layer = model.language.layers[0].qkv
+    assert isinstance(layer, ParoLinear)
+    assert layer.int8_from == 65
+    assert isinstance(model.language.lm_head, torch.nn.Linear)
+    layer = load(checkpoint, PRESETS["w4a16"]).model.language.layers[0].qkv
+    assert isinstance(layer, ParoLinear)
+    assert layer.int8_from == NEVER
+
+
+def test_less_is_kept_than_of_a_plain_checkpoint(plain: Alpamayo, checkpoint: Path) -> None:
+    model = load(checkpoint).model
+    for name, layer in model.named_modules():
+        if isinstance(layer, ParoLinear):
+            dense = plain.get_submodule(name).weight.numel() * 2
+            index = layer.index.nbytes  # of the reference; the packed layer does not need it
+            assert layer.nbytes - index < 0.8 * dense, name
+
+
+def test_peak_of_loading_is_what_is_kept(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of at most the layers being read are there besides what stays."""
+    from flashdrive_node.model import checkpoint as loader
+
+    sizes: list[int] = []
+    original = loader.materialise
+
+    def counted(model: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        result = original(model, *args, **kwargs)  # type: ignore[arg-type]
+        tensors = [*model.parameters(), *model.buffers()]
+        sizes.append(sum(t.nbytes for t in tensors if not t.is_meta))
+        return result
+
+    monkeypatch.setattr(loader, "materialise", counted)
+    model = load(checkpoint).model
+    kept = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    largest = max(m.dequantised().nbytes for m in model.modules() if isinstance(m, QuantisedLinear))
+    assert max(sizes) <= kept + 2 * largest
+
+
+def test_matrices_with_rotations_of_their_own_stand_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path, {f"{Q_PROJ}.theta": lambda t: t + 0.5})
+    layer = load(copy).model.language.layers[1].qkv
+    assert isinstance(layer, SideBySide)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    assert layer(x).shape == (3, 128)
+    assert layer.dequantised().shape == (128, 128)
+    whole = load(checkpoint).model.language.layers[1].qkv
+    assert isinstance(whole, QuantisedLinear)
+    # Keys and values are what they were.
+    torch.testing.assert_close(layer(x)[:, 64:], whole(x)[:, 64:], atol=1e-6, rtol=1e-6)
+
+
+def damaged(checkpoint: Path, tmp_path: Path, edits: dict[str, Callable[[torch.Tensor], torch.Tensor | None]]) -> Path:
+    """A copy with tensors changed, or left out where the edit gives None."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    tensors = load_file(copy / "model.safetensors")
+    for name, edit in edits.items():
+        changed = edit(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed.contiguous()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({f"{Q_PROJ}.scales": lambda t: None}, rf"missing: {Q_PROJ}.scales"),
+        (
+            {f"{Q_PROJ}.scales": lambda t: t.repeat(2, 1)},
+            r"q_proj.scales: shape \[1, 64\] is required, found \[2",
+        ),
+        ({f"{Q_PROJ}.qweight": lambda t: t[:, :4]}, r"q_proj.qweight: shape \[128, 8\] is required, found \[128, 4\]"),
+        ({f"{Q_PROJ}.qweight": lambda t: t.to(torch.int16)}, "q_proj.qweight: I32 is required, found I16"),
+        ({f"{Q_PROJ}.pairs": torch.zeros_like}, "each channel 0 to 127"),
+        ({f"{Q_PROJ}.channel_scales": lambda t: t * torch.nan}, "channel scales without nan"),
+    ],
+)
+def test_tensors_that_are_wrong(
+    checkpoint: Path, tmp_path: Path, edits: dict[str, Callable[..., torch.Tensor | None]], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(damaged(checkpoint, tmp_path, edits))
+
+
+def test_one_of_three_matrices_in_four_bits(plain: Alpamayo, checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path, {})
+    tensors = load_file(copy / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith(f"{Q_PROJ}.")}
+    kept[f"{Q_PROJ}.weight"] = torch.zeros(64, 128, dtype=torch.bfloat16)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{Q_PROJ}.weight: 4 bits are required"):
+        load(copy)
+
+
+@pytest.mark.parametrize(("key", "value"), [("group_size", 64), ("bits", 8), ("krot", 4), ("quant_method", "awq")])
+def test_configuration_of_another_quantisation(checkpoint: Path, tmp_path: Path, key: str, value: object) -> None:
+    copy = damaged(checkpoint, tmp_path, {})
+    entry = {"quant_method": "paroquant", "bits": 4, "group_size": 128, "krot": 8} | {key: value}
+    edit_json(copy / "config.json", quantization_config=entry)
+    with pytest.raises(CheckpointError, match=rf"quantization_config.{key} must be .*, found {value!r}"):
+        load(copy)
+
+
+def test_four_bits_are_asked_of_those_that_have_them(
+    plain: Alpamayo, checkpoint: Path, tokenizer_files: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="stored in 4 bits: w4a8 or w4a16 is required, found fp8"):
+        load(checkpoint, PRESETS["fp8"])
+    whole = save_quantised(plain, {}, PRESETS["bf16"], plain.config, tmp_path / "plain", tokenizer_files)
+    with pytest.raises(CheckpointError, match="flashdrive quantize"):
+        load(whole, PRESETS["w4a8"])
+    with pytest.raises(InputError, match="one of bf16, fp8"):
+        StagePrecision.parse("w3")
+    with pytest.raises(InputError, match="same weights"):
+        StagePrecision(prefill="fp8", decode="w4a8")
+    assert StagePrecision.parse("vision=fp8,lm_head=int8") == StagePrecision(vision="fp8", lm_head="int8")
