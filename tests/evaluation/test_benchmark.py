@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.narrow_release import small_alpamayo
 
 from flashdrive_node.cli import benchmark as command
 from flashdrive_node.cli.main import main
@@ -30,6 +29,7 @@ from flashdrive_node.evaluation.random_networks import random_drafter, random_mo
 from flashdrive_node.evaluation.roofline import Ceilings, stage_floors
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.source import read_config
+from support.narrow_release import small_alpamayo
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
 QUICK = ["--device", "cpu", "--precision", "float32", "--image-size", "180x320", "--runs", "2", "--warm-up", "1"]
