@@ -61,14 +61,17 @@ def test_published_figures(preset: Callable[[], AlpamayoConfig], prompt: int) ->
     assert cache_bytes_per_token(config) == 147_456
     assert PROMPT_TEXT_TOKENS[config.model_type] + config.tokens_per_history_traj + 16 * 180 == prompt
 
-    # 8 and 4 bit, counted another way: what the matrices of the three parts save, and what their scales cost.
-    matrices = [
-        s for s in slots if len(s.shape) == 2 and part_of(s.name) in ("text layers", "lm_head", "action expert")
-    ]
+    # 8 and 4 bit, counted another way: what the matrices of the parts save, and what their scales cost.
+    parts = ("vision tower", "text layers", "lm_head", "action expert")
+    matrices = [s for s in slots if len(s.shape) == 2 and part_of(s.name) in parts and "pos_embed" not in s.name]
     weights = sum(math.prod(s.shape) for s in matrices)
-    assert sizes["8-bit weights"] == sizes["bfloat16"] - weights + 4 * sum(s.shape[0] for s in matrices)
-    groups = sum(s.shape[0] * -(-s.shape[1] // 128) for s in matrices)
-    assert sizes["4-bit weights, groups of 128"] == sizes["bfloat16"] - weights * 3 // 2 + 2 * groups
+    assert sizes["fp8"] == sizes["bfloat16"] - weights + 4 * sum(s.shape[0] for s in matrices)
+    text = [s for s in matrices if part_of(s.name) == "text layers"]
+    groups = sum(s.shape[0] * s.shape[1] // 128 for s in text)
+    # q/k/v, gate/up, o_proj and down each have one input.
+    inputs = config.text.num_layers * (2 * config.text.hidden_size + config.text.q_size + config.text.intermediate_size)
+    half = sum(math.prod(s.shape) for s in text) // 2 + 4 * sum(s.shape[0] for s in text)
+    assert sizes["w4a8, w4a16"] == sizes["fp8"] - half + 3 * groups + 42 * inputs
 
 
 def test_sharded_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ from flashdrive_node.model.errors import CheckpointError, ConfigError
 from flashdrive_node.model.footprint import (
     PARTS,
     PRECISIONS,
-    QUANTISED_PARTS,
     cache_bytes_per_token,
     cache_tokens,
     part_of,
@@ -25,6 +24,7 @@ from flashdrive_node.model.footprint import (
 from flashdrive_node.model.images import target_size
 from flashdrive_node.model.presets import PROMPT_TEXT_TOKENS
 from flashdrive_node.model.prompt import driving_prompt
+from flashdrive_node.model.quantised_files import CONFIG_KEY, find_quantised
 from flashdrive_node.model.source import read_config, resolve_source, snapshot_revision, tokenizer_directory
 from flashdrive_node.model.state_dict import release_slots
 from flashdrive_node.model.tokenizer import load_tokenizer
@@ -65,8 +65,8 @@ def examine(directory: Path, allow_download: bool = False) -> dict[str, Any]:
     except (ConfigError, CheckpointError) as error:
         report["problems"] += [f"{error.where}: {problem}" for problem in error.problems]
         return report
-    slots = release_slots(config)
-    report["problems"] += check_tensors(files, slots)
+    quantised = find_quantised(files, release_slots(config), config.raw.get(CONFIG_KEY))
+    report["problems"] += quantised.problems + check_tensors(files, quantised.slots)
     report["model_type"] = config.model_type
     report["architecture"] = _architecture(config)
     image, prompt_tokens = _standard_prompt(config)
@@ -145,7 +145,7 @@ def _memory(config: AlpamayoConfig, prompt_tokens: int) -> dict[str, Any]:
     tokens = {str(n): cache_tokens(config, prompt_tokens, n) for n in SAMPLES}
     rows = []
     for precision in PRECISIONS:
-        per_token = cache_bytes_per_token(config, precision.cache_bits // 8)
+        per_token = cache_bytes_per_token(config, precision.plain_bytes)
         cache = {n: per_token * count for n, count in tokens.items()}
         weights = weight_bytes(slots, precision)
         rows.append({"precision": precision.name, "weight_bytes": weights, "cache_bytes": cache})
@@ -204,7 +204,8 @@ def _memory_lines(memory: dict[str, Any], prompt: dict[str, Any]) -> list[str]:
         f"  window: {len(CAMERAS)} cameras x {FRAMES} frames of {FRAME_SIZE[1]} x {FRAME_SIZE[0]}, resized to "
         f"{prompt['width']} x {prompt['height']} ({prompt['image_tokens']} tokens each);",
         f"    a prompt of {prompt['tokens']:,} tokens takes {_size(per_token * prompt['tokens'])} of cache",
-        f"  8 and 4 bit: the matrices of {', '.join(QUANTISED_PARTS)}, with their scales; the rest in bfloat16",
+        "  fp8: text layers, vision tower and action expert, with lm_head in int8; w4a8, w4a16: text layers in 4 bits;",
+        "    embeddings, norms and the projections of actions and patches stay in bfloat16",
     ]
 
 

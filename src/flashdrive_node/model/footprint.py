@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flashdrive_node.model.config import AlpamayoConfig
+from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
+from flashdrive_node.model.precision import BF16, PRESETS, W4A8, StagePrecision
 from flashdrive_node.model.state_dict import TensorSlot
 
 #: Parts of the model in the order of the forward pass, by the prefix of their tensors; the first that fits counts.
@@ -19,11 +21,12 @@ PARTS = {
     "projections": "action_",
 }
 
-#: Parts whose matrices a weight-only quantisation stores in fewer bits; everything else stays in bfloat16.
-QUANTISED_PARTS = ("text layers", "lm_head", "action expert")
-
-#: Input channels that share one scale in 4-bit weights.
-GROUP_SIZE = 128
+#: Bytes that a rotation takes per input channel: channel numbers (int32) and half an angle in each round, and a scale.
+_ROTATION_BYTES = ROUNDS * (4 + 1) + 2
+#: Bytes of a group's scale and zero point.
+_GROUP_BYTES = 2 + 1
+#: Bytes of a row's scale in 8-bit formats.
+_ROW_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,16 @@ class Precision:
     """A way to store the weights."""
 
     name: str
-    #: Bits of a weight in the quantised matrices, and of everything else.
-    matrix_bits: int
-    other_bits: int
-    #: Input channels per scale (0: no scales, None: one scale per output row) and bits of a scale.
-    group_size: int | None = 0
-    scale_bits: int = 0
-    #: Bits of a value in the key/value cache.
-    cache_bits: int = 16
+    stages: StagePrecision
+    #: Bytes of a value in what is not quantised, and in the key/value cache.
+    plain_bytes: int = 2
 
 
 PRECISIONS = (
-    Precision("float32", 32, 32, cache_bits=32),
-    Precision("bfloat16", 16, 16),
-    Precision("8-bit weights", 8, 16, None, 32),
-    Precision(f"4-bit weights, groups of {GROUP_SIZE}", 4, 16, GROUP_SIZE, 16),
+    Precision("float32", PRESETS["bf16"], 4),
+    Precision("bfloat16", PRESETS["bf16"]),
+    Precision("fp8", PRESETS["fp8"]),
+    Precision("w4a8, w4a16", PRESETS["w4a8"]),
 )
 
 
@@ -56,19 +54,22 @@ def part_of(name: str) -> str:
 
 def weight_bytes(slots: Iterable[TensorSlot], precision: Precision) -> int:
     """Bytes of all weights; the small constants of R1 files do not count."""
-    bits = 0
-    for slot in slots:
-        if slot.optional:
-            continue
-        size = math.prod(slot.shape)
-        if len(slot.shape) < 2 or part_of(slot.name) not in QUANTISED_PARTS:
-            bits += size * precision.other_bits
-            continue
-        rows, columns = slot.shape
-        group = precision.group_size
-        scales = 0 if group == 0 else rows if group is None else rows * math.ceil(columns / group)
-        bits += size * precision.matrix_bits + scales * precision.scale_bits
-    return math.ceil(bits / 8)
+    return sum(_bytes(slot, precision) for slot in slots if not slot.optional)
+
+
+def _bytes(slot: TensorSlot, precision: Precision) -> int:
+    size = math.prod(slot.shape)
+    kind = precision.stages.format_of(slot.target.removesuffix(".weight"))
+    if len(slot.shape) != 2 or kind == BF16:
+        return size * precision.plain_bytes
+    rows, columns = slot.shape
+    if kind != W4A8:
+        return size + rows * _ROW_BYTES
+    if columns % GROUP_SIZE or rows % 8:
+        return size * precision.plain_bytes
+    # Matrices of one layer share the rotation of their input.
+    rotation = columns * _ROTATION_BYTES if slot.row == 0 else 0
+    return size // 2 + rows * columns // GROUP_SIZE * _GROUP_BYTES + rotation
 
 
 def cache_bytes_per_token(config: AlpamayoConfig, item_bytes: int = 2) -> int:

@@ -42,7 +42,7 @@ def rotate_pairs(x: Tensor, index: Tensor, angles: Tensor) -> Tensor:
 
     Args:
         x: [..., K], of a floating type.
-        index: Of `pair_index`.
+        index: Of `pair_index`; int32 will do.
         angles: Radians [rounds, K / 2], in x's type.
 
     Returns:

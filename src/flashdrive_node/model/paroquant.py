@@ -45,13 +45,12 @@ class ParoWeight(NamedTuple):
 class ParoLinear(QuantisedLinear):
     """A linear layer of 4-bit weights; sums are taken in float32."""
 
-    pairs: Tensor
+    index: Tensor
     angles: Tensor
     channel_scales: Tensor
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    index: Tensor
 
     def __init__(self, weight: ParoWeight, int8_from: int = ALWAYS):
         """Take the tensors over.
@@ -68,8 +67,7 @@ class ParoLinear(QuantisedLinear):
         super().__init__(columns, rows)
         self.int8_from = int8_from
         _require_fit(weight)
-        self.register_buffer("index", pair_index(weight.pairs, weight.matrix.group_size), persistent=False)
-        self.register_buffer("pairs", weight.pairs)
+        self.register_buffer("index", pair_index(weight.pairs, weight.matrix.group_size).to(torch.int32))
         self.register_buffer("angles", weight.angles)
         self.register_buffer("channel_scales", finite_scales(weight.channel_scales))
         for name, tensor in zip(Int4Weight._fields, weight.matrix, strict=True):

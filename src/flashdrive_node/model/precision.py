@@ -24,6 +24,13 @@ FORMATS = {
     "lm_head": (BF16, INT8),
     "expert": (BF16, FP8),
 }
+#: Our linear layers that a stage's format is of, by what their names begin with; the text layers go by decoding.
+STAGE_LAYERS = {
+    "vision": ("vision.blocks.", "vision.merger.", "vision.deepstack_mergers."),
+    "decode": ("language.layers.",),
+    "lm_head": ("language.lm_head",),
+    "expert": ("expert.layers.",),
+}
 _FOUR_BITS = (W4A8, W4A16)
 #: Key of ``config.json`` under which a checkpoint says what it was quantised for.
 PRECISION_KEY = "stage_precision"
@@ -100,19 +107,17 @@ class StagePrecision:
             stored: Linear layers that the checkpoint holds in 4 bits.
         """
         kinds: dict[str, Convert] = {FP8: Fp8Linear, INT8: Int8Linear}
-        places = {
-            "vision": ("vision.blocks.", "vision.merger.", "vision.deepstack_mergers."),
-            "decode": ("language.layers.",),
-            "lm_head": ("language.lm_head",),
-            "expert": ("expert.layers.",),
-        }
         return {
-            name: kinds[getattr(self, stage)]
-            for stage, prefixes in places.items()
-            if getattr(self, stage) in kinds
+            name: kinds[self.format_of(name)]
             for name, module in model.named_modules()
-            if name.startswith(prefixes) and isinstance(module, nn.Linear) and name not in stored
+            if isinstance(module, nn.Linear) and name not in stored and self.format_of(name) in kinds
         }
+
+    def format_of(self, layer: str) -> str:
+        """Format of a linear layer's weight, by its name in the model; `W4A8` stands for both of 4 bits."""
+        stage = next((stage for stage, prefixes in STAGE_LAYERS.items() if layer.startswith(prefixes)), None)
+        found = BF16 if stage is None else getattr(self, stage)
+        return W4A8 if found in _FOUR_BITS else found
 
 
 PRESETS = {
