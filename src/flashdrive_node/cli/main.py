@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "world": ("world", "draw the procedural driving world, and check the expert that drives in it"),
     "drive": ("drive", "let a checkpoint drive in the procedural world, and score it beside baselines"),
     "train": ("train", "train the small model in the procedural world"),
+    "quantize": ("quantize", "write a checkpoint's text layers in 4 bits, calibrated on windows of its use"),
     "node": ("node", "start the ROS 2 driving node"),
     "replay": ("replay", "play a rosbag through the node, record what it publishes, and summarise the run"),
 }

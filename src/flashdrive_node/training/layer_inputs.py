@@ -1,0 +1,140 @@
+"""What linear layers meet when a model drives: rows of their inputs, drawn over windows."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flashdrive_node.engine.plain import PlainEngine
+from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.evaluation.clip import ClipSource, Window
+from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """Which rows are kept."""
+
+    #: Windows to drive over at most; every fourth is held out.
+    windows: int = 16
+    #: Every so-manieth window of a clip: neighbours resemble each other.
+    stride: int = 10
+    #: Rows of a layer per window: of the prompt, and as many of what is decoded.
+    rows: int = 96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.windows < 2 or self.stride < 1 or self.rows < 1:
+            raise InputError(
+                "calibration: 2 windows, a stride and rows of 1 or more are required, "
+                f"found {self.windows}, {self.stride} and {self.rows}"
+            )
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Rows [rows, K] by layer, on the host: to fit on, and of other windows."""
+
+    fit: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+
+
+class _Recorder:
+    """Keeps some rows of every call of the layers."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows = rows
+        self.seed = seed
+        self.kept: dict[str, list[Tensor]] = defaultdict(list)
+        self._decoded: dict[str, int] = defaultdict(int)
+        self._generators: dict[str, torch.Generator] = {}
+
+    def next_window(self) -> None:
+        self._decoded.clear()
+
+    def take(self, name: str, x: Tensor) -> None:
+        """Rows [tokens, K]: single ones as long as there is room, of a prompt a sample."""
+        if len(x) == 1:
+            self._decoded[name] += 1
+            if self._decoded[name] > self.rows:
+                return
+        # Of its own for each layer, so that a layer's rows do not depend on which others are left to do.
+        if name not in self._generators:
+            self._generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        chosen = torch.randperm(len(x), generator=self._generators[name])[: self.rows].to(x.device)
+        self.kept[name].append(x[chosen].float().cpu())
+
+    def joined(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.kept.items()}
+
+
+def collect_inputs(
+    loaded: LoadedModel, source: ClipSource, layers: Sequence[str], settings: InputSettings
+) -> LayerInputs:
+    """Let a model answer windows, and keep rows of what its layers were given.
+
+    Args:
+        loaded: The model.
+        source: Windows to drive over.
+        layers: Names of linear layers in the model.
+        settings: Which rows.
+
+    Raises:
+        InputError: Fewer than two windows.
+        EngineError, ClipError: A window cannot be used.
+    """
+    engine = PlainEngine(PlainSettings("loaded", device=str(loaded.model.device), seed=settings.seed), loaded)
+    fit, held_out = _Recorder(settings.rows, settings.seed), _Recorder(settings.rows, settings.seed + 1)
+    count = 0
+    with tqdm(total=settings.windows, desc="driving", unit="window") as bar:
+        for window in _windows(source, settings):
+            recorder = held_out if count % 4 == 1 else fit
+            recorder.next_window()
+            with _recorded(loaded.model, layers, recorder):
+                engine.step(window.observation)
+            count += 1
+            bar.update()
+        bar.total = count  # the limit may be more than there is
+    if count < 2:
+        raise InputError(f"{source.name}: 2 windows to calibrate on are required, found {count}")
+    return LayerInputs(fit.joined(), held_out.joined())
+
+
+def _windows(source: ClipSource, settings: InputSettings) -> Iterator[Window]:
+    """Windows of one clip after the other, as many of each as make up the number."""
+    left = settings.windows
+    clips = max(len(source), 1)
+    share = -(-settings.windows // clips)
+    for clip in source.clips():
+        of_clip = 0
+        for number, window in enumerate(clip.windows):
+            if number % settings.stride:
+                continue
+            yield window
+            left, of_clip = left - 1, of_clip + 1
+            if not left:
+                return
+            if of_clip == share:
+                break
+
+
+@contextmanager
+def _recorded(model: nn.Module, layers: Sequence[str], recorder: _Recorder) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        return lambda _, inputs: recorder.take(name, inputs[0].detach().flatten(0, -2))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
