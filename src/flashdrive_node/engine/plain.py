@@ -5,6 +5,7 @@ This is the model's own computation with nothing approximated: the baseline that
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdrive_node.engine.precision import automatic
 from flashdrive_node.engine.protocol import (
     CameraFrames,
     EngineError,
@@ -32,9 +34,13 @@ from flashdrive_node.model.images import preprocess
 from flashdrive_node.model.inference import Context, Generated, StopRule
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.loading import LoadedModel, load_alpamayo
+from flashdrive_node.model.precision import StagePrecision
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, question_prompt, without_navigation
 from flashdrive_node.model.sampling import SamplingSettings
+from flashdrive_node.model.source import resolve_source
 from flashdrive_node.model.tokenizer import extract_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,11 @@ class PlainEngine:
         s = self.settings
         try:
             if self.loaded is None:
+                stages = s.stages
+                if s.precision == "auto":
+                    directory = resolve_source(s.checkpoint, s.revision, s.allow_download)
+                    stages, reason = automatic(directory, s.torch_device, s.samples, s.allow_download)
+                    logger.info("precision auto: %s", reason)
                 self.loaded = load_alpamayo(
                     s.checkpoint,
                     s.torch_device,
@@ -85,6 +96,7 @@ class PlainEngine:
                     revision=s.revision,
                     allow_download=s.allow_download,
                     overlay=s.overlay,
+                    precision=stages,
                     progress=progress,
                 )
         except (ModelError, OSError, RuntimeError) as error:
@@ -95,7 +107,7 @@ class PlainEngine:
             checkpoint=f"{info.path}" + (f" at {info.revision}" if info.revision else ""),
             sha256=info.sha256,
             device=str(self.loaded.model.device),
-            precision=str(self.loaded.model.dtype).removeprefix("torch."),
+            precision=_precision_name(self.loaded),
             history_poses=config.history_poses,
             waypoints=config.action_space.n_waypoints,
             waypoint_dt_s=config.action_space.dt,
@@ -344,3 +356,9 @@ def _medoid(points: Tensor) -> int:
     distance = (points[:, None] - points[None]).norm(dim=-1).mean(dim=-1)  # [samples, samples]
     finite = points.isfinite().flatten(1).all(dim=1)
     return int(distance[:, finite].mean(dim=1).nan_to_num(nan=math.inf).argmin())
+
+
+def _precision_name(loaded: LoadedModel) -> str:
+    """Type of the activations, and the stages' formats where they differ from it."""
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return dtype if loaded.precision == StagePrecision() else f"{dtype}, {loaded.precision.name}"

@@ -11,6 +11,7 @@ from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import DTYPES
+from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.sampling import SamplingSettings
 
 
@@ -26,7 +27,8 @@ class PlainSettings:
     overlay: Path | None = None
     #: "auto" takes a GPU where there is one.
     device: str = "auto"
-    #: "auto" is bfloat16 on a GPU and float32 on the CPU.
+    #: A type, a preset or "STAGE=FORMAT,..." (`StagePrecision.parse`). "auto" is bfloat16 on a GPU, with 8-bit layers
+    #: where that does not fit, and float32 on the CPU.
     precision: str = "auto"
     samples: int = 1
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -46,8 +48,13 @@ class PlainSettings:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, found {self.samples}")
-        if self.precision not in ("auto", *DTYPES):
-            raise InputError(f"precision must be one of {['auto', *DTYPES]}, found {self.precision!r}")
+        try:
+            _ = self.stages
+        except InputError as error:
+            raise InputError(
+                f"precision must be one of {', '.join(['auto', *DTYPES, *PRESETS])} or STAGE=FORMAT,..., "
+                f"found {self.precision!r}: {error}"
+            ) from error
 
     @property
     def torch_device(self) -> torch.device:
@@ -58,9 +65,14 @@ class PlainSettings:
     @property
     def dtype(self) -> torch.dtype:
         """The type that "auto" stands for."""
-        if self.precision == "auto":
-            return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
-        return DTYPES[self.precision]
+        if self.precision in DTYPES:
+            return DTYPES[self.precision]
+        return torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+
+    @property
+    def stages(self) -> StagePrecision | None:
+        """Formats of the stages; None where only a type is named, which leaves them to the checkpoint."""
+        return None if self.precision in ("auto", *DTYPES) else StagePrecision.parse(self.precision)
 
 
 @dataclass(frozen=True)

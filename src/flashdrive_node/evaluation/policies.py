@@ -82,7 +82,12 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
     if name != MODEL:
         raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
     loaded = load_alpamayo(
-        settings.checkpoint, settings.torch_device, settings.dtype, overlay=settings.overlay, hash_files=False
+        settings.checkpoint,
+        settings.torch_device,
+        settings.dtype,
+        overlay=settings.overlay,
+        precision=settings.stages,
+        hash_files=False,
     )
     steps = settings.flow_steps or loaded.model.config.flow.num_inference_steps
     policy = BatchedPolicy(

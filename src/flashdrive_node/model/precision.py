@@ -88,6 +88,12 @@ class StagePrecision:
         return asdict(self)
 
     @property
+    def name(self) -> str:
+        """Of the preset, or "STAGE=FORMAT,..."."""
+        preset = next((name for name, stages in PRESETS.items() if stages == self), None)
+        return preset or ",".join(f"{stage}={kind}" for stage, kind in self.as_dict().items() if kind != BF16)
+
+    @property
     def four_bits(self) -> bool:
         """Whether the text layers' weights have 4 bits, and so must come from a quantised checkpoint."""
         return self.decode in _FOUR_BITS

@@ -121,7 +121,9 @@ class Parameters:
     )
     device: str = _parameter("auto", "PyTorch device: auto (GPU where there is one), cpu, cuda or cuda:N")
     precision: str = _parameter(
-        "auto", "Arithmetic of the networks; auto is bfloat16 on a GPU", choices=("auto", "bfloat16", "float32")
+        "auto",
+        "Arithmetic of the networks; auto is bfloat16 on a GPU that has room for it; see docs/precision.md",
+        choices=("auto", "bfloat16", "float32", "fp8", "w4a8", "w4a16"),
     )
     num_samples: int = _parameter(1, "Trajectories drawn per window", span=(1, 64))
     temperature: float = _parameter(0.6, "Sampling temperature of the reasoning; 0 is greedy", span=(0.0, 2.0))
