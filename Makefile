@@ -30,8 +30,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# What starts ROS processes runs one test after the other, on a machine that is otherwise idle.
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --ignore tests/ros --ignore tests/replay --ignore tests/packaging
+	$(BIN)/pytest tests/ros tests/replay tests/packaging
 
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m support.soak --minutes 60

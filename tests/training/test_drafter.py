@@ -189,7 +189,7 @@ def test_learning_what_the_texts_are(policy, talker, drafter, tmp_path) -> None:
     records = toy_records(texts, drafter.config)
     recorder = TextRecorder(policy, drafter.config.target_layer_ids, CONTEXT)
     settings = DrafterSettings(
-        minutes=5.0, steps=80, texts=6, held_out=6, batch=48, matrix_rate=2e-2, loss=BlockLoss(soft=0.0)
+        minutes=5.0, steps=200, texts=6, held_out=6, batch=48, matrix_rate=2e-2, loss=BlockLoss(soft=0.0)
     )
     trainer = DrafterTrainer(recorder, drafter, settings)
     before = replay(records, trainer.guesser(records), BLOCK).accept_length.mean
