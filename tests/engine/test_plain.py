@@ -109,8 +109,8 @@ def test_medoid_is_never_a_sample_that_is_not_finite():
     points = torch.zeros(3, 4, 2)
     points[1], points[0, 2, 1] = 1.0, torch.nan
     points[2] = 1.5
-    assert plain._medoid(points) in (1, 2)
-    assert plain._medoid(torch.full((2, 4, 2), torch.nan)) == 0
+    assert plain.medoid(points) in (1, 2)
+    assert plain.medoid(torch.full((2, 4, 2), torch.nan)) == 0
 
 
 def test_navigation_text_and_guidance_change_the_path(engine, observation):

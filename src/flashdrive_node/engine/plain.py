@@ -230,7 +230,7 @@ class PlainEngine:
             window_id=observation.window_id,
             t0_ns=observation.t0_ns,
             samples=samples,
-            chosen=_medoid(numbers[..., :2]),
+            chosen=int(medoid(numbers[..., :2])),
             initial_speed=v0,
             timings_ms=timer.finish(),
             metrics=metrics,
@@ -348,17 +348,16 @@ def _sample(numbers: np.ndarray, reasoning: str, complete: bool) -> TrajectorySa
     return TrajectorySample(xyz, yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0], reasoning, complete)
 
 
-def _medoid(points: Tensor) -> int:
-    """The sample nearest to all others on average, which is the one to drive: [samples, waypoints, 2] -> index.
+def medoid(points: Tensor) -> Tensor:
+    """The sample nearest to all others on average, which is the one to drive.
 
-    A sample that is not finite is never nearest.
+    Args:
+        points: [..., samples, waypoints, 2]. A sample that is not finite is never nearest.
+
+    Returns:
+        Index of the sample, int64 [...].
     """
-    distance = (points[:, None] - points[None]).norm(dim=-1).mean(dim=-1)  # [samples, samples]
-    finite = points.isfinite().flatten(1).all(dim=1)
-    return int(distance[:, finite].mean(dim=1).nan_to_num(nan=math.inf).argmin())
-
-
-def _precision_name(loaded: LoadedModel) -> str:
-    """Type of the activations, and the stages' formats where they differ from it."""
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return dtype if loaded.precision == StagePrecision() else f"{dtype}, {loaded.precision.name}"
+    finite = points.isfinite().flatten(-2).all(dim=-1)
+    distance = (points.unsqueeze(-3) - points.unsqueeze(-4)).norm(dim=-1).mean(dim=-1)  # [..., samples, samples]
+    total = distance.where(finite.unsqueeze(-2), 0.0).sum(dim=-1)
+    return total.where(finite, math.inf).argmin(dim=-1)

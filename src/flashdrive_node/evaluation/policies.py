@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
 from flashdrive_node.engine.batched_policy import BatchedPolicy
+from flashdrive_node.engine.plain import medoid
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.evaluation.history_baseline import FILE_NAME as HISTORY_FILE
@@ -171,14 +171,6 @@ class ModelPolicy:
         xy = torch.cat([part.xyz for part in parts])[..., :2].float()
         yaw, speed = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("yaw", "speed"))
         return Plans(xy, yaw, speed, medoid(xy), [text for part in parts for text in part.texts])
-
-
-def medoid(xy: Tensor) -> Tensor:
-    """The sample nearest to all others on average: [S, n, P, 2] -> [S]. One that is not finite is never nearest."""
-    finite = xy.isfinite().flatten(2).all(dim=2)
-    distance = (xy[:, :, None] - xy[:, None]).norm(dim=-1).mean(dim=-1)  # [S, n, n]
-    mean = distance.where(finite[:, None], 0.0).sum(dim=2)
-    return mean.where(finite, math.inf).argmin(dim=1)
 
 
 def _first(t: Tensor) -> Tensor:
