@@ -361,3 +361,9 @@ def medoid(points: Tensor) -> Tensor:
     distance = (points.unsqueeze(-3) - points.unsqueeze(-4)).norm(dim=-1).mean(dim=-1)  # [..., samples, samples]
     total = distance.where(finite.unsqueeze(-2), 0.0).sum(dim=-1)
     return total.where(finite, math.inf).argmin(dim=-1)
+
+
+def _precision_name(loaded: LoadedModel) -> str:
+    """Type of the activations, and the stages' formats where they differ from it."""
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return dtype if loaded.precision == StagePrecision() else f"{dtype}, {loaded.precision.name}"
