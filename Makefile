@@ -30,10 +30,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# What starts ROS processes runs one test after the other, on a machine that is otherwise idle.
+# Two at a time: one takes what starts ROS processes, which mostly waits, the other what computes.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --ignore tests/ros --ignore tests/replay --ignore tests/packaging
-	$(BIN)/pytest tests/ros tests/replay tests/packaging
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m support.soak --minutes 60
