@@ -24,8 +24,10 @@ ONE_AT_A_TIME = {"packaging", "replay", "ros"}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if ONE_AT_A_TIME & set(item.path.relative_to(item.config.rootpath).parts):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        path = item.path.relative_to(item.config.rootpath)
+        # A file's tests stay together, so that what they share is made once.
+        group = "processes" if ONE_AT_A_TIME & set(path.parts) else str(path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ def test_every_window_holds_the_right_frames(bench, tmp_path, rates_hz, odometry
             for camera in cameras:
                 camera.loss, camera.reorder, camera.jitter_s, camera.delay_s = 0.05, 0.03, 0.003, 0.01
             time.sleep(ROUGH_S)
-        windows = [window_of(record, by_name) for record in observer.records()]
+        windows = [window_of(record, by_name) for record in observer.outputs["output/record"]]
         observer.close()
 
     t0s = [window.t0_ns for window in windows]
@@ -97,3 +97,12 @@ def test_the_judge_sees_what_is_wrong():
     assert missed_windows([window(30), window(33), window(36)], cameras, REFERENCE) == []
     left_out = missed_windows([window(30), window(39)], cameras, REFERENCE)
     assert picked["front_wide"][33].stamp_ns in left_out
+    many = [window(last) for last in range(12, 57, 3) if last not in (24, 36)]
+    late = [
+        dataclasses.replace(w, answered_s=2.0 if w.t0_ns == picked["front_wide"][27].stamp_ns else 0.0) for w in many
+    ]
+    assert picked["front_wide"][24].stamp_ns in missed_windows(many, cameras, REFERENCE)
+    assert picked["front_wide"][24].stamp_ns not in missed_windows(late, cameras, REFERENCE)
+    assert picked["front_wide"][36].stamp_ns in missed_windows(late, cameras, REFERENCE)
+    with pytest.raises(AssertionError, match="came too late"):
+        missed_windows([dataclasses.replace(w, answered_s=9.0) for w in many], cameras, REFERENCE)

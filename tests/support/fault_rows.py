@@ -164,7 +164,7 @@ ROWS: Sequence[FaultRow] = (
     FaultRow(
         "The process is killed (-9) and started again",
         NOTHING,
-        (Says("inference", WARN, "starting: reset by activated; ..."), Says("inference", OK, "running: ...")),
+        (Says("inference", OK, "running: ..."),),
         "with the start, when discovery has found the new process (a few seconds)",
         cause.kill_and_restart,
         watch_s=0.0,

@@ -41,6 +41,12 @@ class Scene:
         self.observer.wait_count(2, timeout_s=timeout_s)
         self.observer.wait_status("inference", OK, timeout_s=timeout_s, since_s=start_s)
 
+    def windows(self) -> int:
+        """Windows that the node has counted since it was started."""
+        status = self.observer.find("inference")
+        assert status is not None
+        return int(status.values["windows"])
+
     def resets(self) -> int:
         """Resets of all causes that the node has counted."""
         status = self.observer.find("inference")
@@ -282,8 +288,11 @@ def navigate(text: str) -> Callable[[Scene], None]:
 
 
 def kill_and_restart(scene: Scene) -> None:
+    """Until the new process speaks; its first words may be said before discovery lets anybody hear them."""
     scene.node.kill()
+    before = scene.windows()
     scene.node.start()
+    scene.observer.wait(lambda: scene.windows() < before, 20.0, "diagnostics of the new process")
 
 
 def activate_again(scene: Scene) -> None:

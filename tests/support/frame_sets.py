@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from support.observer import Received
 from support.vehicle import Camera, Delivered
 
 FRAMES = 4
@@ -14,6 +16,9 @@ INTERVAL_NS = 100_000_000
 TOLERANCE_NS = 50_000_000
 #: Time that a published frame may take until the node has it.
 TRANSPORT_S = 0.06
+#: A window that is answered later than this after its last frame was published: the node got no processor in time, and
+#: goes on with what is newest by then.
+STARVED_S = 0.08
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,12 @@ class Window:
     t0_ns: int
     stamps_ns: Mapping[str, tuple[int, ...]]
     seen: Mapping[str, tuple[int, ...]]
+    #: ``time.monotonic()`` when the answer came.
+    answered_s: float = 0.0
+
+    def starved(self, cameras: Mapping[str, Camera], patience_s: float) -> bool:
+        """Whether the node was too late for the rule that no window is left out."""
+        return self.answered_s - _available_s(self, cameras) > STARVED_S + patience_s
 
 
 def nominal_ns(t0_ns: int) -> list[int]:
@@ -35,12 +46,7 @@ def wrong_frames(window: Window, cameras: Mapping[str, Camera], reference: str) 
     problems = []
     if window.t0_ns != window.stamps_ns[reference][-1]:
         problems.append(f"t0 is not the newest stamp of {reference}")
-    available_s = max(
-        cameras[name].delivered[stamp].published_s
-        for name, stamps in window.stamps_ns.items()
-        for stamp in stamps
-        if stamp in cameras[name].delivered
-    )
+    available_s = _available_s(window, cameras)
     for name, camera in cameras.items():
         stamps = window.stamps_ns[name]
         if len(stamps) != FRAMES or any(a >= b for a, b in itertools.pairwise(stamps)):
@@ -71,17 +77,33 @@ def missed_windows(windows: list[Window], cameras: Mapping[str, Camera], referen
     """Stamps of the reference camera that had a complete set in time, and for which there was room between results.
 
     A stamp counts where every camera delivered, in order, a frame within the tolerance of each nominal time. Cameras
-    faster than the windows give the node two further frames of patience: it may wait for a nearer one.
+    faster than the windows give the node two further frames of patience: it may wait for a nearer one. Not judged are
+    stamps beside a window that was answered too late.
     """
     period_ns = 1e9 / cameras[reference].rate_hz
-    patience_ns = 2.5 * period_ns if period_ns < 0.9 * INTERVAL_NS else 0.5 * period_ns
+    waits = period_ns < 0.9 * INTERVAL_NS
+    patience_ns = 2.5 * period_ns if waits else 0.5 * period_ns
+    late = {w.t0_ns for w in windows if w.starved(cameras, patience_ns / 1e9 if waits else 0.0)}
+    if len(late) > len(windows) / 4:
+        raise AssertionError(f"{len(late)} of {len(windows)} windows came too late to judge which were left out")
     return [
         stamp
         for before, after in itertools.pairwise(windows)
+        if not late & {before.t0_ns, after.t0_ns}
         for stamp in sorted(cameras[reference].delivered)
         if before.t0_ns + 0.9 * INTERVAL_NS <= stamp <= after.t0_ns - patience_ns
         and all(_on_time(camera, stamp) for camera in cameras.values())
     ]
+
+
+def _available_s(window: Window, cameras: Mapping[str, Camera]) -> float:
+    """When the last frame of a window was published."""
+    return max(
+        cameras[name].delivered[stamp].published_s
+        for name, stamps in window.stamps_ns.items()
+        for stamp in stamps
+        if stamp in cameras[name].delivered
+    )
 
 
 def _on_time(camera: Camera, t0_ns: int) -> bool:
@@ -100,12 +122,13 @@ def _late(frame: Delivered, camera: Camera) -> bool:
     return any(o.stamp_ns > frame.stamp_ns and o.published_s < frame.published_s for o in camera.delivered.values())
 
 
-def window_of(record: Mapping[str, Any], cameras: Mapping[str, Camera]) -> Window:
-    """Read a record of ``~/output/record`` with the metrics of ``support.painted_probe``."""
+def window_of(received: Received, cameras: Mapping[str, Camera]) -> Window:
+    """Read a message of ``~/output/record`` with the metrics of ``support.painted_probe``."""
+    record: Mapping[str, Any] = json.loads(received.message.data)
     metrics = record["metrics"]
     seen = {
         name: tuple(int(metrics[f"camera_{camera.index}_frame_{i}"]) for i in range(FRAMES))
         for name, camera in cameras.items()
     }
     stamps = {name: tuple(int(s) for s in record["frame_stamps_ns"][name]) for name in cameras}
-    return Window(int(record["t0_ns"]), stamps, seen)
+    return Window(int(record["t0_ns"]), stamps, seen, received.at_s)

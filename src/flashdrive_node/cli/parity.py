@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,22 +38,21 @@ def run(args: argparse.Namespace) -> int:
         if unknown:
             raise InputError(f"no such case: {sorted(unknown)}; the recording has {[c.name for c in cases]}")
         cases = tuple(c for c in cases if c.name in args.case)
-    if recording.threads:
-        torch.set_num_threads(recording.threads)
-    loaded = load_alpamayo(
-        recording.checkpoint,
-        args.device,
-        DTYPES[args.dtype],
-        constants=recording.constants,  # type: ignore[arg-type]
-    )
     results = []
-    for case in tqdm(cases, desc="cases", unit="case"):
-        result = run_case(loaded, case)
-        if args.dump:
-            args.dump.mkdir(parents=True, exist_ok=True)
-            save_file(result.found, args.dump / f"{case.name}.safetensors")
-        # The recorded tensors of a finished case are not needed any more; a large vocabulary's logits take gigabytes.
-        results.append(dataclasses.replace(result, found={}, case=dataclasses.replace(case, expected=None)))
+    with _threads(recording.threads):
+        loaded = load_alpamayo(
+            recording.checkpoint,
+            args.device,
+            DTYPES[args.dtype],
+            constants=recording.constants,  # type: ignore[arg-type]
+        )
+        for case in tqdm(cases, desc="cases", unit="case"):
+            result = run_case(loaded, case)
+            if args.dump:
+                args.dump.mkdir(parents=True, exist_ok=True)
+                save_file(result.found, args.dump / f"{case.name}.safetensors")
+            # The recorded tensors of a finished case are needed no more; a large vocabulary's logits take gigabytes.
+            results.append(dataclasses.replace(result, found={}, case=dataclasses.replace(case, expected=None)))
     exact_only = args.dtype != "float32"
     print(table(results, exact_only))
     failed = [r.case.name for r in results if not r.passed(exact_only)]
@@ -62,6 +63,17 @@ def run(args: argparse.Namespace) -> int:
         + (f"; failed: {failed}" if failed else "")
     )
     return 1 if failed else 0
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads on the CPU, None as many as there are: how a sum is split among threads changes its rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def table(results: list[CaseResult], exact_only: bool = False) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -70,12 +69,18 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = heads // k.shape[0]
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
     whole = k.shape[1] == tokens
+    mask = None
+    if not whole:
+        # Imports the compiler: a second that only those pay who come here.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(tokens, k.shape[1])
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k[None],
         v[None],
         # `is_causal` lines up first tokens; the bias lines up last ones, and kernels that can take it as a flag do.
-        attn_mask=None if whole else causal_lower_right(tokens, k.shape[1]),
+        attn_mask=mask,
         is_causal=whole,
         enable_gqa=k.shape[0] != heads,
     )
