@@ -50,6 +50,12 @@ class StreamSettings:
         if self.refresh_every < 0:
             raise InputError(f"refresh_every must be 0 (never) or more windows, found {self.refresh_every}")
 
+    def refreshed(self, windows: int, cameras: int) -> tuple[int, ...]:
+        """Cameras, by their place, whose kept images are computed anew behind so many windows."""
+        if self.refresh_every and windows % self.refresh_every == 0:
+            return tuple(range(cameras))
+        return (windows % cameras,) if self.refresh_views else ()
+
 
 class Stream:
     """One stream's state: cache, kept features and keys, and the stamps that they belong to.
@@ -107,6 +113,13 @@ class Stream:
         self._stamps = self._aged = None
         self._ahead = self.windows = 0
 
+    def blank(self) -> None:
+        """Zero the keys and values that are kept, as an evaluation does that must notice it."""
+        kept = [self._keys] if self.cache is None else [self._keys, self.cache.keys, self.cache.values]
+        for tensor in kept:
+            if tensor is not None:
+                tensor.zero_()
+
     def plan(self, prompt: Prompt, stamps: Sequence[Sequence[int]]) -> WindowPlan:
         """What the next window takes.
 
@@ -127,14 +140,9 @@ class Stream:
         done = 0
         while old is not None and done < self._ahead and old[done] == tuple(stamps[done]):
             done += 1
-        s, cameras = self.settings, len(stamps)
-        refreshed: tuple[int, ...] = ()
-        if s.refresh_every and self.windows % s.refresh_every == 0:
-            refreshed = tuple(range(cameras))
-        elif s.refresh_views:
-            refreshed = (self.windows % cameras,)
+        refreshed = self.settings.refreshed(self.windows, len(stamps))
         span = (min((done, *refreshed)), None)
-        return plan_window(prompt, sources, s.mode, refreshed, self.model.device, span)
+        return plan_window(prompt, sources, self.settings.mode, refreshed, self.model.device, span)
 
     @property
     def next_camera(self) -> int | None:

@@ -138,7 +138,7 @@ def prefill(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys.append(k.transpose(1, 2))
         values.append(v.transpose(1, 2))
-        return _attend_causal(q.transpose(1, 2), keys[-1], values[-1])
+        return attend_causal(q.transpose(1, 2), keys[-1], values[-1])
 
     def deepstack(layer: int, hidden: Tensor) -> Tensor:
         if layer >= len(features.deepstack):
@@ -209,12 +209,12 @@ def _step(model: Alpamayo, context: BatchContext, token: Tensor, rows: Tensor, s
     language = model.language
     x = embedding(token, language.embed_tokens.weight)[:, None]
     cos, sin = mrope_cos_sin((slot + context.rope_delta).expand(3, -1), language.config, x.dtype)
-    mask = _group_masks(visible[:, None], language.config.group_size, x.dtype)
+    mask = group_masks(visible[:, None], language.config.group_size, x.dtype)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         context.keys[layer][rows, :, slot] = k[:, 0]
         context.values[layer][rows, :, slot] = v[:, 0]
-        return _attend_masked(q, context.keys[layer], context.values[layer], mask)
+        return attend_masked(q, context.keys[layer], context.values[layer], mask)
 
     return language.norm(run_rows(language.layers, x, cos, sin, attend))[:, 0]
 
@@ -248,12 +248,12 @@ def velocity_field(model: Alpamayo, context: BatchContext, samples: int) -> Velo
     if not config.expert_non_causal:
         own = own & (order.repeat(samples)[None] <= order.repeat(samples)[:, None])
     mask = torch.cat((known, own.expand(rows, -1, -1)), dim=2)
-    mask = _group_masks(mask, config.expert.group_size, model.dtype)
+    mask = group_masks(mask, config.expert.group_size, model.dtype)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = torch.cat((context.keys[layer], k.transpose(1, 2)), dim=2)
         values = torch.cat((context.values[layer], v.transpose(1, 2)), dim=2)
-        return _attend_masked(q, keys, values, mask)
+        return attend_masked(q, keys, values, mask)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         expert = model.expert
@@ -266,7 +266,7 @@ def velocity_field(model: Alpamayo, context: BatchContext, samples: int) -> Velo
     return velocity
 
 
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention: q [B, heads, T, head_dim], k and v [B, kv_heads, T, head_dim] -> [B, T, heads * head_dim]."""
     if q.device.type == "cpu":
         group = q.shape[1] // k.shape[1]
@@ -275,13 +275,13 @@ def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(2)
 
 
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of few queries to many keys, heads that share keys side by side as in `attention.attend`.
 
     Args:
         q: [B, T, heads, head_dim].
         k, v: [B, kv_heads, S, head_dim].
-        mask: Of `_group_masks`, [B, 1, group * T, S].
+        mask: Of `group_masks`, [B, 1, group * T, S].
 
     Returns:
         [B, T, heads * head_dim].
@@ -293,7 +293,7 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out.view(rows, kv_heads, -1, tokens, dim).permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads * dim)
 
 
-def _group_masks(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def group_masks(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """`attention.group_mask` row by row: bool [B, T, S] -> what is added to the scores, [B, 1, group * T, S]."""
     rows, tokens, slots = mask.shape
     added = torch.zeros(rows, group, tokens, -(-slots // 16) * 16, dtype=dtype, device=mask.device)

@@ -53,6 +53,8 @@ class PromptLayout:
         self.tokenizer = tokenizer
         self.supports_navigation = config.supports_navigation
         self.device = torch.device(device)
+        #: That of every row, without history and navigation text.
+        self.prompt = prompt
         self.rope_delta = prompt.rope_delta
         #: First index of the history tokens and the index behind the last.
         self.history_span = prompt.history_span
