@@ -15,9 +15,11 @@ from flashdrive_node.model.givens import (
     rotate_pairs,
     rotate_pairs_back,
     rotation_blocks,
+    rotation_steps,
 )
-from flashdrive_node.model.int4 import Int4Weight, dequantise, pack_bytes, quantise, unpack_bytes
-from flashdrive_node.model.paro_layouts import pack_words, read_generic, unpack_words, write_generic
+from flashdrive_node.model.int4 import Int4Weight, dequantise, pack_bytes, quantise, quantise_with, unpack_bytes
+from flashdrive_node.model.packings import pack_words, unpack_words
+from flashdrive_node.model.paro_layouts import read_generic, write_generic
 from flashdrive_node.model.paroquant import ALWAYS, MAX_CHANNEL_SCALE, NEVER, ParoLinear, ParoWeight
 
 
@@ -92,6 +94,32 @@ def test_packed_integers_come_back(rows: int, eights: int, seed: int) -> None:
     assert torch.equal(unpack_words(pack_words(codes)), codes)
 
 
+@given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([2, 16, 128]), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_the_order_of_a_product_holds_the_same_integers(rows: int, groups: int, size: int, seed: int) -> None:
+    matrix = random_weight(rows, groups, seed, size).matrix
+    packed = pack_groups(matrix)
+    assert packed.shape == matrix.shape
+    assert packed.group_size == size
+    assert all(torch.equal(a, b) for a, b in zip(unpack_groups(packed), matrix, strict=True))
+    channel, codes = seed % (groups * size), unpack_bytes(matrix.codes)
+    byte = packed.codes[channel // size, :, channel % (size // 2)]
+    assert torch.equal(byte >> 4 if channel % size >= size // 2 else byte & 15, codes[:, channel])
+
+
+@given(st.integers(1, 8), st.integers(1, 3), st.sampled_from([2, 16, 128]), st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_steps_of_a_rotation_are_its_order(rounds: int, groups: int, size: int, seed: int) -> None:
+    index = pair_index(random_pairs(groups * size, rounds, size, generator(seed)), size)
+    steps = rotation_steps(index, size)
+    first = torch.arange(groups * size) // size * size
+    place = torch.arange(groups * size)
+    for row, order in zip(steps, index, strict=False):
+        place = place[first + row.long()]
+        assert torch.equal(place, order.long())
+    assert torch.equal(first + steps[-1].long(), place)
+
+
 @given(st.integers(1, 6), st.integers(1, 3), st.sampled_from([2, 32, 128]), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_rounding_is_to_the_nearest_code(rows: int, groups: int, size: int, seed: int) -> None:
@@ -100,8 +128,8 @@ def test_rounding_is_to_the_nearest_code(rows: int, groups: int, size: int, seed
     error = (dequantise(matrix) - weight).abs().unflatten(1, (groups, size))
     # Half a step, and half a step more at an end of the range that a rounded zero point moved.
     assert bool((error <= 1.001 * matrix.scales[..., None].float()).all())
-    again = quantise(dequantise(matrix), size)
-    torch.testing.assert_close(dequantise(again), dequantise(matrix), atol=2e-2, rtol=0)
+    again = quantise_with(dequantise(matrix), matrix.scales.float(), matrix.zeros.float())
+    assert torch.equal(again.codes, matrix.codes)
 
 
 def test_constant_groups_and_values_that_cannot_be_rounded() -> None:

@@ -21,8 +21,9 @@ PARTS = {
     "projections": "action_",
 }
 
-#: Bytes that a rotation takes per input channel: channel numbers (int32) and half an angle in each round, and a scale.
-_ROTATION_BYTES = ROUNDS * (4 + 1) + 2
+#: Bytes that a rotation takes per input channel: channel numbers (int32) and half an angle in each round, and a scale;
+#: for kernels, a byte more in each round and behind the last, and half a cosine and sine (float32).
+_ROTATION_BYTES = ROUNDS * (4 + 1) + 2 + (ROUNDS + 1) + ROUNDS * 4
 #: Bytes of a group's scale and zero point.
 _GROUP_BYTES = 2 + 1
 #: Bytes of a row's scale in 8-bit formats.

@@ -82,3 +82,21 @@ def random_pairs(channels: int, rounds: int, group_size: int, generator: torch.G
     groups = channels // group_size
     noise = torch.rand(rounds, groups, group_size, generator=generator)
     return noise.argsort(dim=-1).flatten(1).to(torch.int16)
+
+
+def rotation_steps(index: Tensor, group_size: int) -> Tensor:
+    """The same order of channels, each round's told from the round before, so that nothing is put back in between.
+
+    Args:
+        index: Of `pair_index`, [rounds, K].
+        group_size: Of the same, 256 at most.
+
+    Returns:
+        uint8 [rounds + 1, K], numbers inside a group. Row 0: the channel that comes to each place. Row r: the place of
+        round r - 1 from which it comes. Last row: the channel whose turned value stands there behind the last round.
+    """
+    back = index.argsort(dim=1)
+    moved = torch.stack(
+        [index[0].long(), *(back[r - 1][index[r].long()] for r in range(1, len(index))), index[-1].long()]
+    )
+    return (moved % group_size).to(torch.uint8)

@@ -39,6 +39,33 @@ class Int4Weight(NamedTuple):
         return self.shape[1] // self.scales.shape[1]
 
 
+class PackedInt4(NamedTuple):
+    """The same matrix in the order in which a product reads it: all rows of one group, then those of the next.
+
+    What any number of rows need of a group is one stretch of memory, and both halves of its bytes go with neighbouring
+    inputs: byte j of a row holds channel j of the group in its low half, and channel ``j + group_size / 2`` in the high
+    one.
+    """
+
+    #: uint8 [groups, N, group_size / 2].
+    codes: Tensor
+    #: float16 [groups, N].
+    scales: Tensor
+    #: uint8 [groups, N], 0 to 15.
+    zeros: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        groups, rows, half = self.codes.shape
+        return rows, groups * 2 * half
+
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a scale."""
+        return 2 * self.codes.shape[2]
+
+
 def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Scales and zero points that span every group: float32 [N, groups] each, zero points whole numbers 0 to 15.
 
@@ -86,3 +113,16 @@ def pack_bytes(codes: Tensor) -> Tensor:
 def unpack_bytes(packed: Tensor) -> Tensor:
     """The inverse of `pack_bytes`."""
     return torch.stack((packed & LEVELS, packed >> 4), dim=-1).flatten(1)
+
+
+def pack_groups(weight: Int4Weight) -> PackedInt4:
+    """To the order of a product."""
+    low, high = unpack_bytes(weight.codes).unflatten(1, (weight.scales.shape[1], 2, -1)).unbind(2)
+    codes = (low | (high << 4)).transpose(0, 1).contiguous()
+    return PackedInt4(codes, weight.scales.T.contiguous(), weight.zeros.T.contiguous())
+
+
+def unpack_groups(packed: PackedInt4) -> Int4Weight:
+    """The inverse of `pack_groups`."""
+    codes = torch.cat((packed.codes & LEVELS, packed.codes >> 4), dim=2).transpose(0, 1).flatten(1)
+    return Int4Weight(pack_bytes(codes), packed.scales.T.contiguous(), packed.zeros.T.contiguous())

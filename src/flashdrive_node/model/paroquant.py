@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.model.givens import pair_index, rotate_pairs, rotate_pairs_back
-from flashdrive_node.model.int4 import Int4Weight, dequantise, unpack_bytes
+from flashdrive_node.model.givens import pair_index, rotate_pairs, rotate_pairs_back, rotation_steps
+from flashdrive_node.model.int4 import LEVELS, Int4Weight, PackedInt4, dequantise, pack_groups, unpack_groups
 from flashdrive_node.model.linear import QuantisedLinear
 
 #: Rows of inputs from which activations are rounded to 8 bits: in every product, or in none.
@@ -48,6 +48,9 @@ class ParoLinear(QuantisedLinear):
     index: Tensor
     angles: Tensor
     channel_scales: Tensor
+    #: What kernels rotate by: `givens.rotation_steps`, and cosine and sine of each angle, float32 [2, rounds, K / 2].
+    steps: Tensor
+    turns: Tensor
     codes: Tensor
     scales: Tensor
     zeros: Tensor
@@ -67,10 +70,13 @@ class ParoLinear(QuantisedLinear):
         super().__init__(columns, rows)
         self.int8_from = int8_from
         _require_fit(weight)
-        self.register_buffer("index", pair_index(weight.pairs, weight.matrix.group_size).to(torch.int32))
+        index, angles = pair_index(weight.pairs, weight.matrix.group_size), weight.angles.float()
+        self.register_buffer("index", index.to(torch.int32))
         self.register_buffer("angles", weight.angles)
         self.register_buffer("channel_scales", finite_scales(weight.channel_scales))
-        for name, tensor in zip(Int4Weight._fields, weight.matrix, strict=True):
+        self.register_buffer("steps", rotation_steps(index, weight.matrix.group_size))
+        self.register_buffer("turns", torch.stack((angles.cos(), angles.sin())))
+        for name, tensor in zip(PackedInt4._fields, pack_groups(weight.matrix), strict=True):
             self.register_buffer(name, tensor)
 
     @property
@@ -79,9 +85,14 @@ class ParoLinear(QuantisedLinear):
         return {ALWAYS: "w4a8", NEVER: "w4a16"}.get(self.int8_from, f"w4a8 from {self.int8_from} rows, else w4a16")
 
     @property
+    def packed(self) -> PackedInt4:
+        """The rotated weight as it is kept."""
+        return PackedInt4(self.codes, self.scales, self.zeros)
+
+    @property
     def matrix(self) -> Int4Weight:
-        """The rotated weight."""
-        return Int4Weight(self.codes, self.scales, self.zeros)
+        """The rotated weight row by row."""
+        return unpack_groups(self.packed)
 
     def rotated(self, x: Tensor) -> Tensor:
         """Scaled and rotated inputs, float32."""
@@ -91,9 +102,9 @@ class ParoLinear(QuantisedLinear):
         """See `QuantisedLinear.forward`."""
         turned = self.rotated(x)
         if x.numel() // x.shape[-1] < self.int8_from:
-            return int4_linear(turned, self.matrix).to(x.dtype)
+            return int4_linear(turned.to(x.dtype).float(), self.packed).to(x.dtype)
         q, scale = round_tokens(turned)
-        return (int4_linear(q, self.matrix) * scale).to(x.dtype)
+        return (int4_linear(q, self.packed) * scale).to(x.dtype)
 
     def dequantised(self) -> Tensor:
         """See `QuantisedLinear.dequantised`."""
@@ -116,7 +127,7 @@ def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round(), scale
 
 
-def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
+def int4_linear(x: Tensor, weight: PackedInt4) -> Tensor:
     """Product with a 4-bit weight, group by group, so that one group of it at a time is unpacked.
 
     With whole numbers of up to 127 in x every group's sum is exact in float32.
@@ -128,12 +139,10 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     Returns:
         float32 [..., N].
     """
-    size, half = weight.group_size, weight.group_size // 2
     out = x.new_zeros(*x.shape[:-1], weight.shape[0])
-    for group, part in enumerate(x.split(size, dim=-1)):
-        codes = unpack_bytes(weight.codes[:, group * half : (group + 1) * half]).float()
-        product = linear(part, codes - weight.zeros[:, group, None].float())
-        out += product * weight.scales[:, group].float()
+    for part, packed, scales, zeros in zip(x.split(weight.group_size, dim=-1), *weight, strict=True):
+        codes = torch.cat((packed & LEVELS, packed >> 4), dim=1).float()
+        out += linear(part, codes - zeros[:, None].float()) * scales.float()
     return out
 
 
