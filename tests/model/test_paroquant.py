@@ -17,28 +17,14 @@ from flashdrive_node.model.givens import (
     rotation_blocks,
     rotation_steps,
 )
-from flashdrive_node.model.int4 import Int4Weight, dequantise, pack_bytes, quantise, quantise_with, unpack_bytes
+from flashdrive_node.model.int4 import dequantise, pack_bytes, quantise, quantise_with, unpack_bytes
 from flashdrive_node.model.packings import pack_words, unpack_words
-from flashdrive_node.model.paro_layouts import read_generic, write_generic
 from flashdrive_node.model.paroquant import ALWAYS, MAX_CHANNEL_SCALE, NEVER, ParoLinear, ParoWeight
+from support.quantised import random_weight
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def random_weight(rows: int, groups: int, seed: int, size: int = 128) -> ParoWeight:
-    """A layer of random integers, angles and scales."""
-    g = generator(seed)
-    columns = size * groups
-    matrix = Int4Weight(
-        torch.randint(256, (rows, columns // 2), generator=g, dtype=torch.uint8),
-        (torch.rand(rows, groups, generator=g) * 0.02 + 0.001).half(),
-        torch.randint(16, (rows, groups), generator=g, dtype=torch.uint8),
-    )
-    angles = (torch.rand(8, columns // 2, generator=g) * 6 - 3).half()
-    scales = (torch.rand(columns, generator=g) + 0.5).half()
-    return ParoWeight(random_pairs(columns, 8, size, g), angles, scales, matrix)
 
 
 def rotated_by_hand(x: torch.Tensor, weight: ParoWeight, size: int = 128) -> torch.Tensor:
@@ -212,11 +198,3 @@ def test_tensors_that_do_not_belong_together(field: str, change: object, message
     assert callable(change)
     with pytest.raises(InputError, match=message):
         ParoLinear(weight._replace(**{field: change(getattr(weight, field))}))
-
-
-def test_generic_layout_there_and_back() -> None:
-    weight = random_weight(24, 2, seed=14)
-    stored = write_generic(weight)
-    read = read_generic(stored)
-    assert weight.shares_input_with(read)
-    assert all(torch.equal(a, b) for a, b in zip(weight.matrix, read.matrix, strict=True))
