@@ -61,10 +61,15 @@ def skinny_linear(x: Tensor, weight: Tensor, chosen: Tiling | None = None) -> Te
         num_warps=t.warps,
     )
     if t.splits > 1:
-        _sum[(count, triton.cdiv(out_size, 1024))](
-            parts, out, count * out_size, out_size, SPLITS=t.splits, BLOCK=1024, num_warps=4
-        )
+        sum_parts(parts, out)
     return out
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Add up float32 [splits, count, out_size] in the order of the splits, into [count, out_size] of any type."""
+    splits, count, out_size = parts.shape
+    grid = (count, triton.cdiv(out_size, 1024))
+    _sum[grid](parts, out, count * out_size, out_size, SPLITS=splits, BLOCK=1024, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["count"])
