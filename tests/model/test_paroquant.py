@@ -17,7 +17,15 @@ from flashdrive_node.model.givens import (
     rotation_blocks,
     rotation_steps,
 )
-from flashdrive_node.model.int4 import dequantise, pack_bytes, quantise, quantise_with, unpack_bytes
+from flashdrive_node.model.int4 import (
+    dequantise,
+    pack_bytes,
+    pack_groups,
+    quantise,
+    quantise_with,
+    unpack_bytes,
+    unpack_groups,
+)
 from flashdrive_node.model.packings import pack_words, unpack_words
 from flashdrive_node.model.paroquant import ALWAYS, MAX_CHANNEL_SCALE, NEVER, ParoLinear, ParoWeight
 from support.quantised import random_weight

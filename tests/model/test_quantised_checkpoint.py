@@ -12,42 +12,19 @@ from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.footprint import PRECISIONS, weight_bytes
 from flashdrive_node.model.fp8 import Fp8Linear
-from flashdrive_node.model.givens import random_pairs
-from flashdrive_node.model.int4 import quantise
 from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.model.paro_layouts import read_generic
-from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear, ParoWeight
+from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.quantised_writer import save_quantised
 from flashdrive_node.model.state_dict import release_slots
-from flashdrive_node.training.architecture import alpamayo_small
-from flashdrive_node.training.vocabulary import build_tokenizer
 from support.checkpoints import edit_json
-from support.small_models import random_model
-from support.tiny_dimensions import TINY
+from support.quantised import NARROW, four_bit, plain_model, quantised_checkpoint
 
 FIXTURE = Path(__file__).parent.parent / "data" / "paroquant_layer.safetensors"
-DIMS = TINY | {"text_hidden": 128, "text_mlp": 128, "text_heads": 4, "kv_heads": 2}
 Q_PROJ = "vlm.model.language_model.layers.1.self_attn.q_proj"
-
-
-def four_bit(model: Alpamayo) -> dict[str, ParoWeight]:
-    """Every text layer in 4 bits: o_proj (64 columns) does not fit groups of 128, and stays as it is."""
-    generator = torch.Generator().manual_seed(1)
-    layers = {}
-    for name, module in model.named_modules():
-        if not (name.startswith("language.layers.") and isinstance(module, torch.nn.Linear)) or name.endswith("o_proj"):
-            continue
-        columns = module.in_features
-        layers[name] = ParoWeight(
-            random_pairs(columns, 8, 128, generator),
-            torch.zeros(8, columns // 2).half(),
-            torch.ones(columns).half(),
-            quantise(module.weight, 128),
-        )
-    return layers
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +34,12 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tokenizer_files: Path) -> Alpamayo:
-    return random_model(alpamayo_small(build_tokenizer(tokenizer_files), **DIMS), seed=3)
+    return plain_model(tokenizer_files, NARROW)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(plain: Alpamayo, tokenizer_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("quantised") / "checkpoint"
-    return save_quantised(plain, four_bit(plain), PRESETS["w4a8"], plain.config, directory, tokenizer_files)
+    return quantised_checkpoint(plain, tokenizer_files, tmp_path_factory.mktemp("quantised") / "checkpoint")
 
 
 def load(directory: Path, precision: StagePrecision | None = None) -> LoadedModel:

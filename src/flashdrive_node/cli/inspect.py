@@ -66,7 +66,7 @@ def examine(directory: Path, allow_download: bool = False) -> dict[str, Any]:
         report["problems"] += [f"{error.where}: {problem}" for problem in error.problems]
         return report
     quantised = find_quantised(files, release_slots(config), config.raw.get(CONFIG_KEY))
-    report["problems"] += quantised.problems + check_tensors(files, quantised.slots)
+    report["problems"] += quantised.problems + check_tensors(files, quantised.slots, quantised.ignored)
     report["model_type"] = config.model_type
     report["architecture"] = _architecture(config)
     image, prompt_tokens = _standard_prompt(config)

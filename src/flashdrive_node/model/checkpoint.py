@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
@@ -80,6 +80,7 @@ def load_weights(
     progress: Callable[[float, str], None] | None = None,
     hash_files: bool = True,
     completed: Callable[[str], None] | None = None,
+    ignored: Collection[str] = (),
 ) -> CheckpointInfo:
     """Fill a model from a checkpoint.
 
@@ -96,6 +97,7 @@ def load_weights(
         hash_files: Compute the SHA-256 of the files while they are read.
         completed: Called with the name of each parameter or buffer that has all its elements. It may take the tensor
             out of the model, whose memory is then free.
+        ignored: Tensors that may be in the files and are not read.
 
     Raises:
         CheckpointError: Lists everything that is wrong with the files. The model has not been touched then, unless
@@ -105,7 +107,7 @@ def load_weights(
     started = time.monotonic()
     _require_cover(model, slots)
     base = survey(directory)
-    problems = base.problems + check_tensors(base, slots)
+    problems = base.problems + check_tensors(base, slots, ignored)
     sources: list[tuple[str, CheckpointFiles]] = [("", base)]
     if overlay is not None:
         over = survey(overlay)
@@ -119,7 +121,7 @@ def load_weights(
     jobs: list[tuple[str, Header, dict[str, TensorSlot]]] = []
     for prefix, files in sources:
         for header in files.headers:
-            names = set(header.entries) - (set() if prefix else set(replaced))
+            names = set(header.entries) - (set() if prefix else {*replaced, *ignored})
             jobs.append((prefix + header.path.name, header, {name: by_name[name] for name in names}))
     tensors = sum(len(wanted) for _, _, wanted in jobs)
     total_bytes = sum(header.entries[name].nbytes for _, header, wanted in jobs for name in wanted)
@@ -204,7 +206,7 @@ def materialise(model: nn.Module, name: str, device: torch.device, dtype: torch.
 
 def place_of(slot: TensorSlot, target: Tensor) -> Tensor:
     """The rows of `target` that belong to a tensor of the files, as a flat view [elements]."""
-    row_size = target.numel() // target.shape[0]
+    row_size = target.numel() // target.shape[0] if target.ndim else 1
     return target.view(-1).narrow(0, slot.row * row_size, math.prod(slot.shape))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,15 +136,20 @@ def _read_index(path: Path) -> dict[str, str] | str:
     return names
 
 
-def check_tensors(files: CheckpointFiles, slots: Iterable[TensorSlot]) -> list[str]:
+def check_tensors(files: CheckpointFiles, slots: Iterable[TensorSlot], ignored: Collection[str] = ()) -> list[str]:
     """Compare what the files hold with what the architecture needs.
+
+    Args:
+        files: Of the checkpoint.
+        slots: What the architecture needs.
+        ignored: Tensors that may be there, of any shape and type, and are not read.
 
     Returns:
         Every missing, unexpected and mis-shaped tensor and every wrong type; tensors that differ only in their layer
         number and have the same problem share a line that names the layers.
     """
     wanted = {slot.name: slot for slot in slots}
-    return [*_missing(files, wanted), *_unexpected(files, set(wanted)), *_misfits(files, wanted)]
+    return [*_missing(files, wanted), *_unexpected(files, {*wanted, *ignored}), *_misfits(files, wanted)]
 
 
 def _missing(files: CheckpointFiles, wanted: dict[str, TensorSlot]) -> list[str]:
@@ -165,7 +170,7 @@ def _misfits(files: CheckpointFiles, wanted: dict[str, TensorSlot]) -> list[str]
         slot = wanted.get(name)
         if slot is None:
             continue
-        if entry.shape != slot.shape:
+        if entry.shape not in (slot.shape, *slot.other_shapes):
             groups[_shape_problem(slot, entry.shape)].add(name)
         types = slot.types or tuple(WEIGHT_DTYPES)
         if entry.dtype not in types:

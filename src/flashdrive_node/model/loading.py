@@ -86,6 +86,7 @@ def load_alpamayo(
         progress=progress,
         hash_files=hash_files,
         completed=placer.completed,
+        ignored=quantised.ignored,
     )
     logger.info(
         "loaded %s (%s) revision %s sha256 %s: %d tensors, %.2f GiB in %.1f s",

@@ -1,8 +1,17 @@
 """How files hold ParoQuant's 4-bit layers, and the way from each layout to `ParoWeight`.
 
-A layer NAME [N, K] with groups of 128 along K and R rounds of rotations is, in the generic layout (z-lab/paroquant):
-NAME.theta float16 [R, K/2], NAME.pairs int16 [R, K], NAME.channel_scales float16 [1, K], and as AWQ packs them
-NAME.qweight int32 [K, N/8], NAME.qzeros int32 [K/128, N/8], NAME.scales float16 [K/128, N].
+A layer NAME [N, K] with groups of 128 along K and R rounds of rotations is, in every layout, NAME.theta float16
+[R, K/2], NAME.pairs int16 [R, K] and NAME.channel_scales float16 [1, K], and for the matrix itself:
+
+- generic (z-lab/paroquant): NAME.qweight int32 [K, N/8], NAME.qzeros int32 [K/128, N/8], NAME.scales float16
+  [K/128, N], words as AWQ packs them;
+- int16 (research code): NAME.qweight int16 [N/4, K], NAME.scales and NAME.scaled_zeros float16 [groups, N], groups
+  filled up to a multiple of eight, ``scaled_zeros = -scale * zero``;
+- Marlin (the ``-PARO`` checkpoints of FlashDrive): NAME.qweight int32 [K/16, 2N] in vLLM's tiles for 8-bit
+  activations, NAME.qzeros int32 [K/128, N/8], NAME.scales whole numbers of 16 bits in a float16 tensor, to be
+  multiplied by NAME.input_global_scale.
+
+The names may be nested (NAME.rotation.theta, NAME.qlinear.qweight) and wrapped (NAME.rotate_linear.rotation.theta).
 """
 
 from __future__ import annotations
@@ -13,13 +22,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashdrive_node.model.int4 import Int4Weight, pack_bytes, unpack_bytes
+from flashdrive_node.model.int4 import LEVELS, Int4Weight, pack_bytes, unpack_bytes
+from flashdrive_node.model.packings import (
+    pack_words,
+    unpack_int16,
+    unpack_marlin,
+    unpack_marlin_scales,
+    unpack_marlin_zeros,
+    unpack_words,
+)
 from flashdrive_node.model.paroquant import ParoWeight
 
 #: Of every public checkpoint.
 GROUP_SIZE, ROUNDS = 128, 8
-#: Which of eight neighbouring rows each half byte of an AWQ word holds, lowest first.
-_AWQ_ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 class Stored(NamedTuple):
@@ -31,22 +46,48 @@ class Stored(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """One way to store layers."""
+    """One way to store the matrix of a layer."""
 
     name: str
-    #: What stands behind a layer's name, of the tensors that make up an N x K layer.
+    #: The tensors that make up an N x K matrix, by the last part of their names.
     tensors: Callable[[int, int], dict[str, Stored]]
-    #: From those tensors, by the same names.
+    #: From those tensors and `ROTATION`'s, by the same names.
     read: Callable[[Mapping[str, Tensor]], ParoWeight]
+    #: What N and K must be multiples of.
+    multiples: tuple[int, int]
 
 
-def generic_tensors(rows: int, columns: int) -> dict[str, Stored]:
-    """The generic layout's tensors."""
-    groups = columns // GROUP_SIZE
+class Naming(NamedTuple):
+    """What stands between a layer's name and that of a tensor."""
+
+    rotation: str
+    matrix: str
+
+    def of(self, tensor: str) -> str:
+        """All that stands behind the layer's name and a dot."""
+        return (self.rotation if tensor in ROTATION else self.matrix) + tensor
+
+
+FLAT = Naming("", "")
+NAMINGS = (FLAT, Naming("rotation.", "qlinear."), Naming("rotate_linear.rotation.", "rotate_linear.qlinear."))
+#: Tensors of a layer's rotation, whatever the layout of its matrix.
+ROTATION = ("theta", "pairs", "channel_scales")
+#: What vLLM's kernels keep beside a matrix, and nobody else needs; of any shape.
+SCRATCH = ("workspace", "g_idx", "g_idx_sort_indices")
+
+
+def rotation_tensors(columns: int) -> dict[str, Stored]:
+    """The tensors of `ROTATION`."""
     return {
         "theta": Stored("F16", (ROUNDS, columns // 2)),
         "pairs": Stored("I16", (ROUNDS, columns)),
         "channel_scales": Stored("F16", (1, columns)),
+    }
+
+
+def _generic_tensors(rows: int, columns: int) -> dict[str, Stored]:
+    groups = columns // GROUP_SIZE
+    return {
         "qweight": Stored("I32", (columns, rows // 8)),
         "qzeros": Stored("I32", (groups, rows // 8)),
         "scales": Stored("F16", (groups, rows)),
@@ -55,12 +96,8 @@ def generic_tensors(rows: int, columns: int) -> dict[str, Stored]:
 
 def read_generic(tensors: Mapping[str, Tensor]) -> ParoWeight:
     """From the generic layout."""
-    matrix = Int4Weight(
-        codes=pack_bytes(unpack_words(tensors["qweight"]).T.contiguous()),
-        scales=tensors["scales"].T.contiguous(),
-        zeros=unpack_words(tensors["qzeros"]).T.contiguous(),
-    )
-    return ParoWeight(tensors["pairs"], tensors["theta"], tensors["channel_scales"].flatten(), matrix)
+    codes = unpack_words(tensors["qweight"]).T
+    return _weight(tensors, codes, tensors["scales"], unpack_words(tensors["qzeros"]))
 
 
 def write_generic(weight: ParoWeight) -> dict[str, Tensor]:
@@ -75,20 +112,64 @@ def write_generic(weight: ParoWeight) -> dict[str, Tensor]:
     }
 
 
-def pack_words(codes: Tensor) -> Tensor:
-    """Codes uint8 [rows, N], 0 to 15, to AWQ words int32 [rows, N / 8]."""
-    places = torch.arange(0, 32, 4, device=codes.device)
-    eights = codes.long().unflatten(1, (-1, 8))[..., _AWQ_ORDER.to(codes.device)]
-    return (eights << places).sum(dim=-1).to(torch.int32)
+def _int16_tensors(rows: int, columns: int) -> dict[str, Stored]:
+    groups = -(-columns // GROUP_SIZE // 8) * 8
+    return {
+        "qweight": Stored("I16", (rows // 4, columns)),
+        "scales": Stored("F16", (groups, rows)),
+        "scaled_zeros": Stored("F16", (groups, rows)),
+    }
 
 
-def unpack_words(words: Tensor) -> Tensor:
-    """The inverse of `pack_words`: uint8 [rows, N]."""
-    places = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    halves = (words[..., None] >> places & 15).to(torch.uint8)
-    return halves[..., _AWQ_ORDER.argsort().to(words.device)].flatten(1)
+def _read_int16(tensors: Mapping[str, Tensor]) -> ParoWeight:
+    groups = tensors["qweight"].shape[1] // GROUP_SIZE
+    scales, scaled_zeros = (tensors[name][:groups] for name in ("scales", "scaled_zeros"))
+    # A scale of zero makes the whole group zero, whatever its zero point.
+    divisor = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+    zeros = (-scaled_zeros.float() / divisor).round().clamp(0, LEVELS).to(torch.uint8)
+    return _weight(tensors, unpack_int16(tensors["qweight"]), scales, zeros)
 
 
-#: Layouts by what distinguishes their names.
-GENERIC = Layout("generic (paroquant)", generic_tensors, read_generic)
-LAYOUTS = (GENERIC,)
+def _marlin_tensors(rows: int, columns: int) -> dict[str, Stored]:
+    groups = columns // GROUP_SIZE
+    return {
+        "qweight": Stored("I32", (columns // 16, 2 * rows)),
+        "qzeros": Stored("I32", (groups, rows // 8)),
+        "scales": Stored("F16", (groups, rows)),
+        "input_global_scale": Stored("F32", () if groups > 1 else (1,)),
+    }
+
+
+def _read_marlin(tensors: Mapping[str, Tensor]) -> ParoWeight:
+    scales = tensors["scales"]
+    if len(scales) > 1:  # of a single group they are the numbers themselves
+        scales = (scales.view(torch.int16).float() * tensors["input_global_scale"]).half()
+    zeros = unpack_marlin_zeros(tensors["qzeros"])
+    return _weight(tensors, unpack_marlin(tensors["qweight"]), unpack_marlin_scales(scales), zeros)
+
+
+def _weight(tensors: Mapping[str, Tensor], codes: Tensor, scales: Tensor, zeros: Tensor) -> ParoWeight:
+    """From codes uint8 [N, K], and scales and zero points [groups, N]."""
+    matrix = Int4Weight(pack_bytes(codes.contiguous()), scales.T.contiguous(), zeros.T.contiguous())
+    return ParoWeight(tensors["pairs"], tensors["theta"], tensors["channel_scales"].flatten(), matrix)
+
+
+GENERIC = Layout("generic (paroquant)", _generic_tensors, read_generic, (8, GROUP_SIZE))
+INT16 = Layout("int16 (research code)", _int16_tensors, _read_int16, (4, GROUP_SIZE))
+MARLIN = Layout("Marlin (-PARO)", _marlin_tensors, _read_marlin, (64, GROUP_SIZE))
+LAYOUTS = (GENERIC, INT16, MARLIN)
+
+
+def layout_of(rows: int, columns: int, found: Mapping[str, Stored]) -> Layout:
+    """The layout of an N x K matrix.
+
+    Args:
+        rows, columns: N and K.
+        found: Its tensors in the files, by the last part of their names. The packed integers decide; where they are
+            missing or of no known shape, the names.
+    """
+    packed = found.get("qweight")
+    for layout in LAYOUTS:
+        if packed == layout.tensors(rows, columns)["qweight"]:
+            return layout
+    return max(LAYOUTS, key=lambda layout: len(found.keys() & layout.tensors(rows, columns).keys()))

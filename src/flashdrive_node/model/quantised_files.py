@@ -8,13 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashdrive_node.model.checkpoint_files import CheckpointFiles, collapse
-from flashdrive_node.model.paro_layouts import GROUP_SIZE, LAYOUTS, ROUNDS, Layout
+from flashdrive_node.model.paro_layouts import (
+    FLAT,
+    GROUP_SIZE,
+    LAYOUTS,
+    NAMINGS,
+    ROTATION,
+    ROUNDS,
+    SCRATCH,
+    Layout,
+    Naming,
+    Stored,
+    layout_of,
+    rotation_tensors,
+)
 from flashdrive_node.model.state_dict import TensorSlot
 
 #: Key of ``config.json`` under which Hugging Face checkpoints say how they are quantised, and what it must say.
 CONFIG_KEY = "quantization_config"
 CONFIG_ENTRY = {"quant_method": "paroquant", "bits": 4, "group_size": GROUP_SIZE, "krot": ROUNDS}
 _WEIGHT = ".weight"
+#: Tensors that show that a matrix is packed, by the last part of their names.
+_PACKED = (*ROTATION, *dict.fromkeys(name for layout in LAYOUTS for name in layout.tensors(64, GROUP_SIZE)))
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class StoredMatrix:
     #: Of the weight that it stands for; says the matrix's name, shape, module and rows.
     slot: TensorSlot
     layout: Layout
+    naming: Naming = FLAT
 
     @property
     def stem(self) -> str:
@@ -36,12 +52,13 @@ class StoredMatrix:
         return self.slot.target.removesuffix(_WEIGHT)
 
     def slots(self) -> dict[str, TensorSlot]:
-        """Its tensors in the files, by their names behind the stem; targets are below `module`."""
+        """Its tensors in the files, by the last part of their names; targets are below `module`."""
         rows, columns = self.slot.shape
         place = f"{self.module}.row_{self.slot.row}"
+        tensors = rotation_tensors(columns) | self.layout.tensors(rows, columns)
         return {
-            name: TensorSlot(f"{self.stem}.{name}", shape, f"{place}.{name.replace('.', '_')}", types=(dtype,))
-            for name, (dtype, shape) in self.layout.tensors(rows, columns).items()
+            name: TensorSlot(f"{self.stem}.{self.naming.of(name)}", shape, f"{place}.{name}", types=(dtype,))
+            for name, (dtype, shape) in tensors.items()
         }
 
 
@@ -54,6 +71,13 @@ class QuantisedFiles:
     #: Slots of the whole checkpoint, with those of quantised matrices in the place of their weights.
     slots: list[TensorSlot]
     problems: list[str]
+    #: Tensors in the files that nobody needs.
+    ignored: frozenset[str] = frozenset()
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of the matrices, which is one where there are no problems; None without any."""
+        return next((matrix.layout for group in self.matrices.values() for matrix in group), None)
 
 
 def find_quantised(files: CheckpointFiles, slots: Sequence[TensorSlot], entry: Any = None) -> QuantisedFiles:
@@ -64,38 +88,45 @@ def find_quantised(files: CheckpointFiles, slots: Sequence[TensorSlot], entry: A
         slots: Of the same architecture without quantisation (`release_slots`).
         entry: What ``config.json`` holds under `CONFIG_KEY`, if anything.
     """
-    held = _suffixes(files, {s.name.removesuffix(_WEIGHT) for s in slots if len(s.shape) == 2})
+    held = _tensors_behind(files, {s.name.removesuffix(_WEIGHT) for s in slots if len(s.shape) == 2})
     matrices: dict[str, list[StoredMatrix]] = defaultdict(list)
     whole: dict[str, list[str]] = defaultdict(list)
     result: list[TensorSlot] = []
+    ignored: set[str] = set()
     for slot in slots:
-        layout = _layout_of(held.get(slot.name.removesuffix(_WEIGHT), set())) if slot.name.endswith(_WEIGHT) else None
-        if layout is None:
+        stem = slot.name.removesuffix(_WEIGHT)
+        matrix = _stored_matrix(slot, held.get(stem, {})) if slot.name.endswith(_WEIGHT) else None
+        if matrix is None:
             result.append(slot)
             whole[slot.target.removesuffix(_WEIGHT)].append(slot.name)
             continue
-        matrix = StoredMatrix(slot, layout)
         matrices[matrix.module].append(matrix)
         result += matrix.slots().values()
+        ignored |= {f"{stem}.{matrix.naming.of(name)}" for name in SCRATCH} & files.tensors.keys()
     problems = [] if not matrices else _problems(matrices, whole) + _entry_problems(entry)
-    return QuantisedFiles(dict(matrices), result, problems)
+    return QuantisedFiles(dict(matrices), result, problems, frozenset(ignored))
 
 
-def _suffixes(files: CheckpointFiles, stems: set[str]) -> dict[str, set[str]]:
-    """What stands behind the stems in the names of the files' tensors."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for name in files.tensors:
+def _tensors_behind(files: CheckpointFiles, stems: set[str]) -> dict[str, dict[str, Stored]]:
+    """The files' tensors by stem, and by what stands behind it."""
+    found: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for name, (_, entry) in files.tensors.items():
         cut = name.rfind(".")
         while cut > 0:
             if name[:cut] in stems:
-                found[name[:cut]].add(name[cut + 1 :])
+                found[name[:cut]][name[cut + 1 :]] = Stored(entry.dtype, entry.shape)
             cut = name.rfind(".", 0, cut)
     return found
 
 
-def _layout_of(suffixes: set[str]) -> Layout | None:
-    """The layout of a matrix with these tensors; None where it is a plain weight, or missing as a whole."""
-    return next((layout for layout in LAYOUTS if suffixes & set(layout.tensors(8, GROUP_SIZE))), None)
+def _stored_matrix(slot: TensorSlot, held: dict[str, Stored]) -> StoredMatrix | None:
+    """What a weight is stored as, from the tensors behind its name; None for a plain weight, or without any."""
+    found = {naming: {name: held[naming.of(name)] for name in _PACKED if naming.of(name) in held} for naming in NAMINGS}
+    naming = max(found, key=lambda naming: len(found[naming]))
+    if not found[naming]:
+        return None
+    rows, columns = slot.shape
+    return StoredMatrix(slot, layout_of(rows, columns, found[naming]), naming)
 
 
 def _problems(matrices: dict[str, list[StoredMatrix]], whole: dict[str, list[str]]) -> list[str]:
@@ -105,10 +136,14 @@ def _problems(matrices: dict[str, list[StoredMatrix]], whole: dict[str, list[str
     if len(layouts) > 1:
         found = "; ".join(f"{stem} is {name}" for name, stem in layouts.items())
         problems.append(f"one layout of 4-bit tensors is required, found {len(layouts)}: {found}")
-    odd = [m.stem for m in stored if m.slot.shape[0] % 8 or m.slot.shape[1] % GROUP_SIZE]
+    odd: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for matrix in stored:
+        if any(size % multiple for size, multiple in zip(matrix.slot.shape, matrix.layout.multiples, strict=True)):
+            odd[matrix.layout.multiples].append(f"{matrix.stem}: {' x '.join(map(str, matrix.slot.shape))}")
     problems += [
-        f"{name}: rows in eights and columns in groups of {GROUP_SIZE} are required of a 4-bit matrix"
-        for name in collapse(odd)
+        f"{name}, which is no matrix of 4 bits: rows in multiples of {rows} and columns of {columns} are required"
+        for (rows, columns), names in odd.items()
+        for name in collapse(names)
     ]
     mixed = [name for module in matrices for name in whole.get(module, [])]
     return problems + [

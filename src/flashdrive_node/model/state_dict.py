@@ -6,6 +6,7 @@ patch embedding, a 3-D convolution over exactly one patch, which is a matrix pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,6 +29,8 @@ class TensorSlot:
     optional: bool = False
     #: Types that the file may have it in, by their names in a header; empty for any floating type of 16 bits or more.
     types: tuple[str, ...] = ()
+    #: Other shapes with the same elements in the same order that files are known to have.
+    other_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def release_slots(config: AlpamayoConfig) -> list[TensorSlot]:
@@ -69,7 +72,13 @@ def _vision(config: AlpamayoConfig) -> list[TensorSlot]:
     v, name, target = config.vision, "vlm.model.visual", "vision"
     patch = (v.hidden_size, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     slots = [
-        TensorSlot(f"{name}.patch_embed.proj.weight", patch, f"{target}.patch_embed.weight"),
+        # Checkpoints saved by code that runs the convolution as a matrix product have it flat.
+        TensorSlot(
+            f"{name}.patch_embed.proj.weight",
+            patch,
+            f"{target}.patch_embed.weight",
+            other_shapes=((patch[0], math.prod(patch[1:])),),
+        ),
         TensorSlot(f"{name}.patch_embed.proj.bias", (v.hidden_size,), f"{target}.patch_embed.bias"),
         TensorSlot(
             f"{name}.pos_embed.weight", (v.num_position_embeddings, v.hidden_size), f"{target}.pos_embed.weight"
