@@ -75,6 +75,8 @@ class Silent:
     name = "silent"
     sees = False
 
+    def begin(self) -> None: ...
+
     def plan(self, observation: Observation) -> Plans:
         nothing = torch.full((len(observation.speed), 1, 64), torch.nan)
         return Plans(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flashdrive_node.cli.main import main
-from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.evaluation.policies import ConstantVelocity, make_policy, medoid
@@ -136,6 +137,42 @@ def test_closed_loop(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "model" / "000004.mp4").exists()
 
 
+def test_the_streaming_engine_drives(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What keeps features is exact, and so drives like the plain engine."""
+    command = ["drive", str(checkpoint), "--policy", "model", "--split", "validation", "--first", "3", "--scenes", "3"]
+    command += ["--seconds", "0.3", "--size", "64x32", "--device", "cpu", "--flow-steps", "2", "--batch", "2"]
+    rows = {}
+    for name, options in {
+        "plain": [],
+        "features": ["--engine", "streaming", "--stream-mode", "features"],
+        "kv": ["--engine", "streaming", "--stream-mode", "kv", "--refresh-every", "2"],
+    }.items():
+        assert main([*command, *options, "--out", str(tmp_path / name)]) == 0
+        content = json.loads((tmp_path / name / "closed_loop.json").read_text())
+        rows[name] = [scene["scores"]["distance_m"] for scene in content["policies"]["model"]["scenes"]]
+        assert ("stream_mode" in content["conditions"]) == (name != "plain")
+    assert rows["features"] == pytest.approx(rows["plain"], abs=1e-4)
+    assert len(rows["kv"]) == 3
+    capsys.readouterr()
+
+
+def test_streams_of_one_run_are_none_of_the_next(checkpoint: Path, observation: Observation) -> None:
+    given = StreamingSettings(**vars(settings(checkpoint)), stream=StreamSettings("kv"))
+    policy = make_policy("model", given, batch=2)
+    assert policy is not None
+    observation = observation._replace(stamps_ns=(0, 1, 2, 3))
+    first = policy.plan(observation)
+    again = policy.plan(observation)
+    assert policy.streaming.streams.windows == [2, 2, 2]
+    policy.begin()
+    other = policy.plan(observation._replace(images=observation.images.flip(0)))
+    assert policy.streaming.streams.windows == [1, 1, 1]
+    assert first.texts == again.texts
+    assert not torch.equal(other.xy, first.xy)
+    with pytest.raises(InputError, match="a stamp for each of 4 frames is required"):
+        policy.plan(observation._replace(stamps_ns=()))
+
+
 def test_open_loop(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["drive", str(checkpoint), "--open-loop", "--split", "validation", "--scenes", "2", "--size", "64x32"]
     command += ["--policy", "model", "constant-velocity", "--device", "cpu", "--flow-steps", "1", "--samples", "2"]
@@ -162,6 +199,9 @@ def test_open_loop(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--policy", "expert", "--replan", "11"], "1 to 10 steps between plans"),
         (["--policy", "expert", "--videos", "1"], "--videos needs --out"),
         (["--policy", "expert", "--open-loop"], "policies that plan are required"),
+        (["--policy", "expert", "--stream-mode", "kv"], "--stream-mode: --engine streaming is required, found None"),
+        (["--policy", "expert", "--engine", "fake"], "--engine fake is for the node"),
+        (["nowhere", "--open-loop", "--engine", "streaming"], "--open-loop plans at single moments"),
         (["nowhere", "--policy", "history", "--device", "cpu", "--scenes", "1"], "nowhere"),
     ],
 )

@@ -90,6 +90,8 @@ class Knowing:
         self.windows, self.aside_m, self.texts = windows, aside_m, texts
         self.done = 0
 
+    def begin(self) -> None: ...
+
     def plan(self, observation: Observation) -> Plans:
         count = len(observation.navigation)
         rows = slice(self.done, self.done + count)

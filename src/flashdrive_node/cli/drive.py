@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.cli import drive_ros
-from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.cli.engine_options import add_stream_options, refuse_without_streaming, stream_options
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.evaluation import drive_report, open_loop_report
 from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
 from flashdrive_node.evaluation.devices import devices_of, spread
@@ -63,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--videos", type=int, default=0, metavar="N", help="write an MP4 of the first N scenes to --out"
     )
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine", choices=("plain", "streaming", "fake"), help="how the model runs; fake with --ros (default: plain)"
+    )
+    add_stream_options(group)
     drive_ros.add_arguments(parser)
 
 
@@ -70,10 +76,16 @@ def run(args: argparse.Namespace) -> int:
     """Drive, print the tables and write the files."""
     if args.scenes < 1:
         raise InputError(f"--scenes must be at least 1, found {args.scenes}")
-    if args.ros:
-        return drive_ros.run(args, _size(args.size))
     if args.videos and args.out is None:
         raise InputError("--videos needs --out, where they are written")
+    if args.engine != "streaming":
+        refuse_without_streaming(args)
+    if args.ros:
+        return drive_ros.run(args, _size(args.size))
+    if args.engine == "fake":
+        raise InputError("--engine fake is for the node and needs --ros; plain or streaming is required")
+    if args.engine == "streaming" and args.open_loop:
+        raise InputError("--open-loop plans at single moments, found --engine streaming; see flashdrive evaluate")
     args.policy = args.policy or _policies(args.checkpoint, args.open_loop)
     needy = sorted({MODEL, HISTORY}.intersection(args.policy))
     if needy and args.checkpoint is None:
@@ -130,6 +142,8 @@ def _indices(args: argparse.Namespace) -> range:
 def _conditions(args: argparse.Namespace, begun: float) -> dict[str, Any]:
     names = ("checkpoint", "first", "scenes", "size", "precision", "temperature", "flow_steps", "seed")
     found = {name: getattr(args, name) for name in names}
+    streaming = ("engine", "overlay", "stream_mode", "refresh_every", "refresh_views", "flow_schedule")
+    found |= {name: str(value) for name in streaming if (value := getattr(args, name))}
     wall_s = round(time.perf_counter() - begun, 1)
     return {**found, "samples": _samples(args), "devices": devices_of(args.device), "wall_s": wall_s}
 
@@ -148,14 +162,18 @@ def _samples(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> PlainSettings:
-    return PlainSettings(
-        checkpoint=str(args.checkpoint),
-        precision=args.precision,
-        samples=_samples(args),
-        sampling=SamplingSettings(temperature=args.temperature, max_length=64),
-        flow_steps=args.flow_steps,
-        seed=args.seed,
-    )
+    common: dict[str, Any] = {
+        "checkpoint": str(args.checkpoint),
+        "overlay": args.overlay,
+        "precision": args.precision,
+        "samples": _samples(args),
+        "sampling": SamplingSettings(temperature=args.temperature, max_length=64),
+        "flow_steps": args.flow_steps,
+        "seed": args.seed,
+    }
+    if args.engine == "streaming":
+        return StreamingSettings(**stream_options(args), **common)
+    return PlainSettings(**common)
 
 
 def _size(text: str) -> tuple[int, int]:

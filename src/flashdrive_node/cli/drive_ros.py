@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--real-time", action="store_true", help="with latency, instead of waiting for every answer")
     group.add_argument("--pictures", choices=FORMATS, default="jpeg", help="how pictures are sent (default: jpeg)")
     group.add_argument("--rig", default="sample", help="name or file of the camera rig (default: sample)")
-    group.add_argument("--engine", choices=("plain", "streaming", "fake"), help="of the node (default: plain)")
     group.add_argument("--params", type=Path, metavar="FILE", help="parameter file of the node (ROS 2 YAML)")
     group.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any parameter of the node; repeatable"
@@ -73,8 +72,6 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
         raise InputError("a checkpoint is required with --ros, or --engine fake")
     if args.open_loop or args.policy is not None:
         raise InputError("--open-loop and --policy choose what runs in process; with --ros the node drives")
-    if args.videos and args.out is None:
-        raise InputError("--videos needs a folder, --out")
     if args.replan != 1:
         raise InputError(f"with --ros there is a plan for every window, found --replan {args.replan}")
     try:
@@ -83,8 +80,11 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
         raise InputError(str(error)) from error
     values: dict[str, object] = {"precision": args.precision, "num_samples": args.samples or 1, "seed": args.seed}
     values |= {"temperature": args.temperature, "max_generation_length": 64, "device": args.device}
-    if args.flow_steps is not None:
-        values["flow_steps"] = args.flow_steps
+    for name in ("flow_steps", "stream_mode", "refresh_every", "flow_schedule", "overlay"):
+        if (value := getattr(args, name)) is not None:
+            values[name] = str(value) if isinstance(value, Path) else value
+    if args.refresh_views:
+        values["refresh_views"] = True
     return {**values, **given}
 
 

@@ -22,17 +22,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("plain", "streaming"), default="plain", help="default: plain")
-    group.add_argument(
-        "--stream-mode", choices=("full", "features", "kv"), help="streaming: what is kept (default: features)"
-    )
-    group.add_argument("--refresh-every", type=int, metavar="N", help="kv: all images anew every N windows")
-    group.add_argument("--refresh-views", action="store_true", help="kv: one camera's images anew in every window")
-    group.add_argument("--flow-schedule", metavar="TEXT", help="streaming: flow steps to evaluate, such as 8:0,1,2,7")
+    add_stream_options(group)
     group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a DFlash drafter")
     group.add_argument("--shared-text", action="store_true", help="streaming: one text for all samples")
     group.add_argument("--eager", action="store_true", help="streaming: stages are not captured as graphs on a GPU")
     group.add_argument("--flow-steps", type=int, metavar="N", help="flow steps (default: the checkpoint's)")
-    group.add_argument("--overlay", type=Path, metavar="PATH", help="fine-tuned expert to put over the checkpoint's")
     group.add_argument("--samples", type=int, default=6, help="trajectories per window (default: 6)")
     group.add_argument("--temperature", type=float, default=0.6, help="of the reasoning; 0 is greedy (default: 0.6)")
     group.add_argument("--top-p", type=float, default=0.98, help="nucleus of the sampling (default: 0.98)")
@@ -40,6 +34,39 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of texts and noise (default: 0)")
     group.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
     group.add_argument("--precision", default="auto", help="auto, float32, bfloat16, fp8, w4a8 or w4a16")
+
+
+def add_stream_options(group: argparse._ArgumentGroup) -> None:
+    """Declare what changes the streaming engine's answers."""
+    group.add_argument(
+        "--stream-mode", choices=("full", "features", "kv"), help="streaming: what is kept (default: features)"
+    )
+    group.add_argument("--refresh-every", type=int, metavar="N", help="kv: all images anew every N windows")
+    group.add_argument("--refresh-views", action="store_true", help="kv: one camera's images anew in every window")
+    group.add_argument("--flow-schedule", metavar="TEXT", help="streaming: flow steps to evaluate, such as 8:0,1,2,7")
+    group.add_argument("--overlay", type=Path, metavar="PATH", help="fine-tuned expert to put over the checkpoint's")
+
+
+def stream_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `StreamingSettings` that `add_stream_options` declares.
+
+    Raises:
+        InputError: Values that are out of range.
+    """
+    return {
+        "stream": StreamSettings(args.stream_mode or "features", args.refresh_every or 0, args.refresh_views),
+        "schedule": FlowSchedule.parse(args.flow_schedule) if args.flow_schedule else None,
+    }
+
+
+def refuse_without_streaming(args: argparse.Namespace) -> None:
+    """Options of the streaming engine are for it alone.
+
+    Raises:
+        InputError: Some were given.
+    """
+    if given := [f"--{name.replace('_', '-')}" for name in _STREAMING if vars(args).get(name)]:
+        raise InputError(f"{', '.join(given)}: --engine streaming is required, found {args.engine}")
 
 
 def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> PlainSettings:
@@ -64,17 +91,13 @@ def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> Pl
         "image_size": image_size,
     }
     if args.engine == "plain":
-        if given := [f"--{name.replace('_', '-')}" for name in _STREAMING if getattr(args, name)]:
-            raise InputError(f"{', '.join(given)}: --engine streaming is required, found plain")
+        refuse_without_streaming(args)
         return PlainSettings(**common)
-    stream = StreamSettings(args.stream_mode or "features", args.refresh_every or 0, args.refresh_views)
-    schedule = FlowSchedule.parse(args.flow_schedule) if args.flow_schedule else None
     return StreamingSettings(
-        stream=stream,
-        schedule=schedule,
         drafter=args.drafter,
         shared_text=args.shared_text,
         graphs=not args.eager,
+        **stream_options(args),
         **common,
     )
 

@@ -33,6 +33,13 @@ class Observation(NamedTuple):
     navigation: list[str | None]
     #: m/s [S].
     speed: Tensor
+    #: When the frames were taken, oldest first, the same in all scenes; empty where nobody tells frames by it.
+    stamps_ns: tuple[int, ...] = ()
+
+
+def stamp_ns(step: int) -> int:
+    """Time of a step of the world, nanoseconds."""
+    return round(step * DT_S * 1e9)
 
 
 class ClosedLoop:
@@ -56,6 +63,7 @@ class ClosedLoop:
         self.states: deque[State] = deque([first_state(scene)], maxlen=HISTORY)
         for _ in range(HISTORY - 1):
             self.states.append(advance(scene, self.states[-1])[0])
+        self._step = HISTORY - 1
         self.trajectory: Trajectory = no_trajectory(self.state, FUTURE)
         self.tally = Tally(scene, self.state)
         self._pictures: list[tuple[State, Tensor]] = []
@@ -68,7 +76,9 @@ class ClosedLoop:
     def observe(self) -> Observation:
         """What the sensors say now. Pictures that were made for an earlier moment are not made again."""
         xyz, rot = relative_poses(list(self.states), self.state)
-        return Observation(self._images(), xyz, rot, navigation(self.scene, self.state), self.state.speed)
+        stamps = tuple(stamp_ns(step) for step in range(self._step - FRAMES + 1, self._step + 1))
+        told = navigation(self.scene, self.state)
+        return Observation(self._images(), xyz, rot, told, self.state.speed, stamps)
 
     def _images(self) -> Tensor | None:
         if self.frames is None:
@@ -107,3 +117,4 @@ class ClosedLoop:
         after, _ = advance(self.scene, before, action)
         self.tally.add(before, after)
         self.states.append(after)
+        self._step += 1

@@ -134,6 +134,8 @@ def drive_batch(
         on_step: Called after every step, for progress and videos.
     """
     loop = ClosedLoop(scene, frames if policy is not None and policy.sees else None)
+    if policy is not None:
+        policy.begin()
     following = torch.zeros(len(scene), dtype=torch.int64, device=scene.device)
     texts, malformed = [0] * len(scene), [0] * len(scene)
     plans: Plans | None = None

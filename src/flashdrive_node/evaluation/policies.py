@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
-from flashdrive_node.engine.batched_policy import BatchedPolicy
+from flashdrive_node.engine.batched_policy import BatchedPolicy, Plan, StreamingPolicy
 from flashdrive_node.engine.plain import medoid
-from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.evaluation.history_baseline import FILE_NAME as HISTORY_FILE
 from flashdrive_node.evaluation.history_baseline import HistoryBaseline, load_history_baseline
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.model.loading import load_alpamayo
+from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.world.episode import FUTURE
 from flashdrive_node.world.scene import DT_S
 
@@ -47,6 +48,10 @@ class Policy(Protocol):
     name: str
     #: Whether the observation must hold pictures.
     sees: bool
+
+    def begin(self) -> None:
+        """Drives of other scenes follow: nothing of the last ones may be kept."""
+        ...
 
     def plan(self, observation: Observation) -> Plans:
         """A plan per scene."""
@@ -81,7 +86,16 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
         return HistoryOnly(load_history_baseline(file, settings.torch_device))
     if name != MODEL:
         raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
-    loaded = load_alpamayo(
+    return model_policy(loaded_by(settings), settings, batch)
+
+
+def loaded_by(settings: PlainSettings) -> LoadedModel:
+    """The checkpoint that settings name.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    return load_alpamayo(
         settings.checkpoint,
         settings.torch_device,
         settings.dtype,
@@ -89,17 +103,30 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
         precision=settings.stages,
         hash_files=False,
     )
-    steps = settings.flow_steps or loaded.model.config.flow.num_inference_steps
-    policy = BatchedPolicy(
+
+
+def model_policy(loaded: LoadedModel, settings: PlainSettings, batch: int) -> ModelPolicy:
+    """The model as the engine of these settings runs it, some scenes at a time; without drafter and graphs."""
+    policy = batched_policy(loaded, settings)
+    if isinstance(settings, StreamingSettings):
+        return StreamingModelPolicy(StreamingPolicy(policy, settings.stream), batch)
+    return ModelPolicy(policy, batch)
+
+
+def batched_policy(loaded: LoadedModel, settings: PlainSettings, own_texts: bool = False) -> BatchedPolicy:
+    """How the engine of these settings reasons and plans, for many windows."""
+    return BatchedPolicy(
         loaded.model,
         loaded.tokenizer,
         samples=settings.samples,
         temperature=settings.sampling.temperature,
-        flow_steps=steps,
+        flow_steps=settings.flow_steps or loaded.model.config.flow.num_inference_steps,
         seed=settings.seed,
+        cameras=settings.cameras,
         max_length=settings.sampling.max_length,
+        schedule=settings.schedule if isinstance(settings, StreamingSettings) else None,
+        own_texts=own_texts,
     )
-    return ModelPolicy(policy, batch)
 
 
 def history_file(checkpoint: str) -> Path | None:
@@ -114,6 +141,9 @@ class ConstantVelocity:
 
     name = CONSTANT_VELOCITY
     sees = False
+
+    def begin(self) -> None:
+        """See `Policy`; nothing is ever kept."""
 
     def plan(self, observation: Observation) -> Plans:
         """See `Policy`."""
@@ -133,6 +163,9 @@ class HistoryOnly:
         """Keep the network."""
         self.baseline = baseline
 
+    def begin(self) -> None:
+        """See `Policy`; nothing is ever kept."""
+
     def plan(self, observation: Observation) -> Plans:
         """See `Policy`."""
         path = self.baseline.plan(observation.history_xyz, observation.history_rot, observation.navigation)
@@ -149,6 +182,9 @@ class ModelPolicy:
         """Keep a policy and the number of scenes that it gets at once."""
         self.policy, self.batch = policy, batch
 
+    def begin(self) -> None:
+        """See `Policy`; every window is computed from scratch."""
+
     def plan(self, observation: Observation) -> Plans:
         """See `Policy`; of several samples the one nearest to all others is driven.
 
@@ -157,20 +193,53 @@ class ModelPolicy:
         """
         if observation.images is None:
             raise InputError("the model needs pictures, found an observation without")
-        parts = []
-        for first in range(0, len(observation.navigation), self.batch):
-            rows = slice(first, first + self.batch)
-            parts.append(
-                self.policy.plan(
-                    observation.images[rows],
-                    observation.history_xyz[rows],
-                    observation.history_rot[rows],
-                    observation.navigation[rows],
-                )
-            )
+        count = len(observation.navigation)
+        runs = [range(first, min(first + self.batch, count)) for first in range(0, count, self.batch)]
+        parts = [self._answer(observation, observation.images, rows) for rows in runs]
         xy = torch.cat([part.xyz for part in parts])[..., :2].float()
         yaw, speed = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("yaw", "speed"))
         return Plans(xy, yaw, speed, medoid(xy), [text for part in parts for text in part.texts])
+
+    def _answer(self, observation: Observation, images: Tensor, rows: range) -> Plan:
+        """Plans of some scenes."""
+        at = slice(rows.start, rows.stop)
+        return self.policy.plan(
+            images[at], observation.history_xyz[at], observation.history_rot[at], observation.navigation[at]
+        )
+
+
+class StreamingModelPolicy(ModelPolicy):
+    """Alpamayo over streams, one per scene: what the streaming engine does in each of them."""
+
+    def __init__(self, streaming: StreamingPolicy, batch: int):
+        """Keep the streams' policy and the number of scenes that it gets at once."""
+        super().__init__(streaming.policy, batch)
+        self.streaming = streaming
+
+    def begin(self) -> None:
+        """See `Policy`; the streams of all scenes begin anew with the first plan."""
+        self.streaming.streams = None
+
+    def _answer(self, observation: Observation, images: Tensor, rows: range) -> Plan:
+        cameras, frames, height, width = images.shape[1:5]
+        if len(observation.stamps_ns) != frames:
+            raise InputError(f"a stamp for each of {frames} frames is required, found {observation.stamps_ns}")
+        if self.streaming.streams is None:
+            self.streaming.begin(len(images), frames, height, width)
+        at = slice(rows.start, rows.stop)
+        shown = images[at].flatten(1, 2)
+
+        def chosen(some: Sequence[int], which: Sequence[int]) -> Tensor:
+            return shown[torch.tensor(some, device=shown.device)[:, None], torch.tensor(which, device=shown.device)]
+
+        return self.streaming.plan(
+            rows,
+            [(observation.stamps_ns,) * cameras] * len(rows),
+            chosen,
+            observation.history_xyz[at],
+            observation.history_rot[at],
+            observation.navigation[at],
+        )
 
 
 def _first(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.evaluation.clip import PROTOCOL_START_S, PROTOCOL_WINDOWS, Clip, Truth, Window
+from flashdrive_node.evaluation.closed_loop import stamp_ns
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.world.camera import CAMERAS
 from flashdrive_node.world.draws import SPLITS, scene_keys
@@ -81,7 +82,7 @@ class WorldClips:
         pictures = self._pictures(episode, row, steps)
         for number in range(self.windows):
             step = _FIRST + number
-            stamps = tuple(_stamp_ns(s) for s in range(step - _FRAMES + 1, step + 1))
+            stamps = tuple(stamp_ns(s) for s in range(step - _FRAMES + 1, step + 1))
             cameras = tuple(
                 CameraFrames(camera.index, stamps, tuple(pictures[camera.index][number : number + _FRAMES]))
                 for camera in CAMERAS
@@ -91,7 +92,7 @@ class WorldClips:
             yaw = np.unwrap(np.arctan2(future_rot[:, 1, 0], future_rot[:, 0, 0]))
             truth = Truth(future_xyz, yaw.astype(np.float32), episode.sentences(step)[row])
             yield Window(
-                Observation(number, _stamp_ns(step), cameras, xyz, rot, episode.navigation(step)[row]),
+                Observation(number, stamp_ns(step), cameras, xyz, rot, episode.navigation(step)[row]),
                 truth,
             )
 
@@ -113,7 +114,3 @@ class WorldClips:
 def _over_time(states: list[State], row: int) -> State:
     """The states of one scene as a batch of scenes."""
     return State(**{name: torch.stack([getattr(s, name)[row] for s in states]) for name in vars(states[0])})
-
-
-def _stamp_ns(step: int) -> int:
-    return round(step * DT_S * 1e9)
