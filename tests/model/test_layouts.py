@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from flashdrive_node.cli.inspect import examine, render
 from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import CheckpointError
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.model.packings import unpack_int16, unpack_marlin
@@ -18,6 +20,7 @@ from flashdrive_node.model.paro_layouts import INT16, MARLIN, read_generic, writ
 from flashdrive_node.model.paroquant import ParoLinear, ParoWeight
 from support.published_packings import int16_tensors, int16_words, marlin_tensors, marlin_words
 from support.quantised import plain_model, quantised_checkpoint, random_weight
+from support.small_models import random_model
 from support.tiny_dimensions import TINY
 
 Q_PROJ = "vlm.model.language_model.layers.1.self_attn.q_proj"
@@ -110,6 +113,27 @@ def test_checkpoint_of_each_layout(checkpoint: Path, tmp_path: Path, layout: str
             assert isinstance(same, ParoLinear)
             torch.testing.assert_close(layer.dequantised(), same.dequantised(), atol=1e-4, rtol=2e-3)
     assert torch.equal(loaded.model.vision.patch_embed.weight, expected.vision.patch_embed.weight)
+
+
+@pytest.mark.parametrize("layout", ["int16", "Marlin"])
+def test_one_layer_is_compared_with_the_base(
+    plain: Alpamayo, checkpoint: Path, tokenizer_files: Path, tmp_path: Path, layout: str
+) -> None:
+    copy = republished(checkpoint, tmp_path / "copy", PUBLISHED[layout])
+    bases = []
+    for name, model in (("own", plain), ("other", random_model(plain.config, seed=99))):
+        bases.append(save_checkpoint(model, model.config, tmp_path / name, tokenizer_files_dir=tokenizer_files))
+    report = examine(copy, base=bases[0])
+    assert report["problems"] == []
+    assert report["quantised"] == {"layout": report["base"]["layout"], "layers": 6}
+    assert layout in report["base"]["layout"]
+    assert 0.02 < report["base"]["relative_error"] < 0.15
+    assert "% away from it" in render(report)
+    (problem,) = examine(copy, base=bases[1])["problems"]
+    assert "q_proj: a matrix within 50%" in problem
+    assert "quantised from another model" in problem
+    (problem,) = examine(bases[0], base=bases[0])["problems"]
+    assert "layers in 4 bits are required to compare with a base, found none" in problem
 
 
 def test_mixed_layouts(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashdrive_node.model.base_check import compare_with_base
 from flashdrive_node.model.checkpoint_files import check_tensors, survey
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError, ConfigError
@@ -39,19 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint directory, or a Hugging Face id in the local cache")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--allow-download", action="store_true", help="fetch what the local Hugging Face cache lacks")
+    parser.add_argument(
+        "--base", metavar="DIR", help="of a quantised checkpoint: the plain one that it was made from, to compare with"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 0, or 1 where the checkpoint has problems."""
     directory = resolve_source(args.checkpoint, args.revision, args.allow_download)
-    report = examine(directory, args.allow_download)
+    base = resolve_source(args.base, None, args.allow_download) if args.base else None
+    report = examine(directory, args.allow_download, base)
     print(json.dumps(report, indent=2) if args.json else render(report))
     return 1 if report["problems"] else 0
 
 
-def examine(directory: Path, allow_download: bool = False) -> dict[str, Any]:
-    """Everything that `inspect` reports, ready for JSON; sizes in bytes. Problems are listed, not raised."""
+def examine(directory: Path, allow_download: bool = False, base: Path | None = None) -> dict[str, Any]:
+    """Everything that `inspect` reports, ready for JSON; sizes in bytes. Problems are listed, not raised.
+
+    Args:
+        directory: The checkpoint.
+        allow_download: Fetch the backbone's files where the local cache lacks them.
+        base: Checkpoint that a quantised one is compared with.
+    """
     files = survey(directory)
     report: dict[str, Any] = {
         "checkpoint": str(directory),
@@ -67,6 +78,13 @@ def examine(directory: Path, allow_download: bool = False) -> dict[str, Any]:
         return report
     quantised = find_quantised(files, release_slots(config), config.raw.get(CONFIG_KEY))
     report["problems"] += quantised.problems + check_tensors(files, quantised.slots, quantised.ignored)
+    if quantised.layout is not None:
+        report["quantised"] = {"layout": quantised.layout.name, "layers": len(quantised.matrices)}
+    if base is not None and not report["problems"]:
+        try:
+            report["base"] = asdict(compare_with_base(files, quantised, base))
+        except CheckpointError as error:
+            report["problems"] += [f"{error.where}: {problem}" for problem in error.problems]
     report["model_type"] = config.model_type
     report["architecture"] = _architecture(config)
     image, prompt_tokens = _standard_prompt(config)
@@ -159,6 +177,12 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"Revision    {report['revision']}")
     if "model_type" in report:
         lines.append(f"Model       {report['model_type']}")
+        if "quantised" in report:
+            packed = report["quantised"]
+            lines.append(f"4 bits      {packed['layers']} layers, layout {packed['layout']}")
+        if "base" in report:
+            base = report["base"]
+            lines.append(f"Base        {base['matrix']} is {100 * base['relative_error']:.1f} % away from it")
         lines += ["", "Architecture"]
         for name, part in report["architecture"].items():
             text = ", ".join(f"{key} {_plain(value)}" for key, value in part.items())
