@@ -65,7 +65,7 @@ def test_layout(tokenizer, config):
     assert sorted(tokenizer.backend.get_vocab(with_added_tokens=True).values()) == list(range(config.tokens.vocab_size))
 
 
-def test_the_same_bytes_in_every_process(directory, tmp_path):
+def test_the_same_bytes_in_every_process(directory, config, tmp_path):
     code = "import sys, pathlib; from flashdrive_node.training.vocabulary import build_tokenizer as b; "
     code += f"b(pathlib.Path(sys.argv[1]), {BINS})"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, env={"PYTHONHASHSEED": "7"})
