@@ -1,14 +1,11 @@
 """The public layouts of 4-bit checkpoints: packed as published, read back, recognised, and refused where mixed."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from flashdrive_node.cli.inspect import examine, render
 from flashdrive_node.model.alpamayo import Alpamayo
@@ -19,7 +16,7 @@ from flashdrive_node.model.packings import unpack_int16, unpack_marlin
 from flashdrive_node.model.paro_layouts import INT16, MARLIN, read_generic, write_generic
 from flashdrive_node.model.paroquant import ParoLinear, ParoWeight
 from support.published_packings import int16_tensors, int16_words, marlin_tensors, marlin_words
-from support.quantised import plain_model, quantised_checkpoint, random_weight
+from support.quantised import plain_model, quantised_checkpoint, random_weight, republished
 from support.small_models import random_model
 from support.tiny_dimensions import TINY
 
@@ -78,27 +75,6 @@ def test_groups_without_a_scale_are_zero() -> None:
     found = INT16.read(stripped(int16_tensors(weight)))
     assert ParoLinear(found).matrix.zeros[5, 1] == 0
     torch.testing.assert_close(ParoLinear(found).dequantised(), ParoLinear(weight).dequantised())
-
-
-def republished(
-    checkpoint: Path, out: Path, tensors_of: Callable[[ParoWeight], dict[str, torch.Tensor]], only: str = ""
-) -> Path:
-    """A copy whose 4-bit matrices (those with `only` in their names) are in another layout."""
-    held = load_file(checkpoint / "model.safetensors")
-    stems = [name.removesuffix(".qweight") for name in held if name.endswith(".qweight") and only in name]
-    for stem in stems:
-        leaves = ("theta", "pairs", "channel_scales", "qweight", "qzeros", "scales")
-        weight = read_generic({leaf: held.pop(f"{stem}.{leaf}") for leaf in leaves})
-        held |= {f"{stem}.{name}": tensor.contiguous() for name, tensor in tensors_of(weight).items()}
-    patch = "vlm.model.visual.patch_embed.proj.weight"
-    held[patch] = held[patch].flatten(1)  # as the published files have it
-    out.mkdir()
-    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((checkpoint / "config.json").read_text())
-    del config["quantization_config"], config["stage_precision"]  # the published files say nothing of it
-    config["vlm_name_or_path"] = str(checkpoint / "vlm")
-    (out / "config.json").write_text(json.dumps(config))
-    return out
 
 
 @pytest.mark.parametrize("layout", ["int16", "Marlin"])

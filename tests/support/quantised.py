@@ -1,14 +1,18 @@
 """Layers and small checkpoints of 4 bits."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.givens import random_pairs
 from flashdrive_node.model.int4 import Int4Weight, quantise
+from flashdrive_node.model.paro_layouts import read_generic
 from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.model.precision import PRESETS
 from flashdrive_node.model.quantised_writer import save_quantised
@@ -60,3 +64,24 @@ def plain_model(tokenizer_files: Path, dims: dict[str, Any]) -> Alpamayo:
 def quantised_checkpoint(model: Alpamayo, tokenizer_files: Path, directory: Path) -> Path:
     """`four_bit` of a model, written in the generic layout for preset w4a8."""
     return save_quantised(model, four_bit(model), PRESETS["w4a8"], model.config, directory, tokenizer_files)
+
+
+def republished(
+    checkpoint: Path, out: Path, tensors_of: Callable[[ParoWeight], dict[str, torch.Tensor]], only: str = ""
+) -> Path:
+    """A copy whose 4-bit matrices (those with `only` in their names) are in another layout."""
+    held = load_file(checkpoint / "model.safetensors")
+    stems = [name.removesuffix(".qweight") for name in held if name.endswith(".qweight") and only in name]
+    for stem in stems:
+        leaves = ("theta", "pairs", "channel_scales", "qweight", "qzeros", "scales")
+        weight = read_generic({leaf: held.pop(f"{stem}.{leaf}") for leaf in leaves})
+        held |= {f"{stem}.{name}": tensor.contiguous() for name, tensor in tensors_of(weight).items()}
+    patch = "vlm.model.visual.patch_embed.proj.weight"
+    held[patch] = held[patch].flatten(1)  # as the published files have it
+    out.mkdir()
+    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"], config["stage_precision"]  # the published files say nothing of it
+    config["vlm_name_or_path"] = str(checkpoint / "vlm")
+    (out / "config.json").write_text(json.dumps(config))
+    return out

@@ -80,6 +80,7 @@ def load_weights(
     progress: Callable[[float, str], None] | None = None,
     hash_files: bool = True,
     completed: Callable[[str], None] | None = None,
+    take: Callable[[TensorSlot, int, Tensor], bool] | None = None,
     ignored: Collection[str] = (),
 ) -> CheckpointInfo:
     """Fill a model from a checkpoint.
@@ -97,6 +98,8 @@ def load_weights(
         hash_files: Compute the SHA-256 of the files while they are read.
         completed: Called with the name of each parameter or buffer that has all its elements. It may take the tensor
             out of the model, whose memory is then free.
+        take: Offered every piece of a tensor before anything is allocated for it: the slot, the number of the piece's
+            first element, and the elements, which are not valid later. Returns whether it has taken care of them.
         ignored: Tensors that may be in the files and are not read.
 
     Raises:
@@ -132,19 +135,21 @@ def load_weights(
         for slot in wanted.values():
             open_elements[slot.target] += math.prod(slot.shape)
 
-    def place(slot: TensorSlot) -> Tensor:
+    def put(slot: TensorSlot, first: int, elements: Tensor) -> None:
+        if take is not None and take(slot, first, elements):
+            return
         if slot.target not in targets:
             targets[slot.target] = materialise(model, slot.target, device, dtype)
-        return place_of(slot, targets[slot.target])
+        place_of(slot, targets[slot.target]).narrow(0, first, len(elements)).copy_(elements, non_blocking=True)
 
     def copied(slot: TensorSlot, elements: int) -> None:
         open_elements[slot.target] -= elements
         if not open_elements[slot.target]:
-            del targets[slot.target]
+            targets.pop(slot.target, None)
             if completed is not None:
                 completed(slot.target)
 
-    hashes = _copy(jobs, place, copied, device, total_bytes, progress, hash_files)
+    hashes = _copy(jobs, put, copied, device, total_bytes, progress, hash_files)
     info = CheckpointInfo(
         path=directory,
         revision=snapshot_revision(directory),
@@ -273,14 +278,14 @@ def _read_fully(file: FileIO, view: memoryview, header: Header) -> None:
 
 def _copy(
     jobs: list[tuple[str, Header, dict[str, TensorSlot]]],
-    place: Callable[[TensorSlot], Tensor],
+    put: Callable[[TensorSlot, int, Tensor], None],
     copied: Callable[[TensorSlot, int], None],
     device: torch.device,
     total_bytes: int,
     progress: Callable[[float, str], None] | None,
     hash_files: bool,
 ) -> dict[str, str]:
-    """Read all files and copy their pieces to `place`; `copied` is told how many elements came.
+    """Read all files and give their pieces to `put`; `copied` is told how many elements came.
 
     Returns:
         The files' hashes by name, if asked for.
@@ -298,7 +303,7 @@ def _copy(
                     files_left -= 1
                     continue
                 source = piece.buffer[: piece.length * piece.dtype.itemsize].view(piece.dtype)
-                place(piece.slot).narrow(0, piece.first, piece.length).copy_(source, non_blocking=True)
+                put(piece.slot, piece.first, source)
                 if device.type == "cuda":
                     # The buffer may be refilled only when the device has taken it.
                     in_flight.append((torch.cuda.current_stream(device).record_event(), piece.buffer))

@@ -8,10 +8,10 @@ the sums.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
-from flashdrive_node.model.linear import QuantisedLinear
+from flashdrive_node.model.linear import RowwiseLinear
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(E4M3).max
@@ -26,21 +26,22 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-_LARGEST, _LARGEST).to(E4M3), scale
 
 
-class Fp8Linear(QuantisedLinear):
+class Fp8Linear(RowwiseLinear):
     """A linear layer of e4m3 weights and activations."""
 
     format = "fp8"
     weight_fp8: Tensor
     row_scales: Tensor
-    bias: Tensor | None
 
-    def __init__(self, dense: nn.Linear):
-        """Round a layer's weight; its bias is kept."""
-        super().__init__(dense.in_features, dense.out_features)
-        weight, scales = round_rows(dense.weight.detach())
-        self.register_buffer("weight_fp8", weight)
-        self.register_buffer("row_scales", scales)
-        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach())
+    def make_room(self, device: torch.device) -> None:
+        """See `RowwiseLinear.make_room`."""
+        size = (self.out_features, self.in_features)
+        self.register_buffer("weight_fp8", torch.empty(size, dtype=E4M3, device=device))
+        self.register_buffer("row_scales", torch.empty(size[0], 1, device=device))
+
+    def fill(self, first: int, rows: Tensor) -> None:
+        """See `RowwiseLinear.fill`."""
+        self.weight_fp8[first : first + len(rows)], self.row_scales[first : first + len(rows)] = round_rows(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `QuantisedLinear.forward`."""
@@ -56,9 +57,9 @@ class Fp8Linear(QuantisedLinear):
             out = out + self.bias.to(x.dtype)
         return out.unflatten(0, x.shape[:-1])
 
-    def dequantised(self) -> Tensor:
-        """See `QuantisedLinear.dequantised`."""
-        return self.weight_fp8.float() * self.row_scales
+    def rows(self, ids: Tensor) -> Tensor:
+        """See `RowwiseLinear.rows`."""
+        return self.weight_fp8[ids].float() * self.row_scales[ids]
 
     def _has_matrix_units(self, x: Tensor) -> bool:
         fits = self.in_features % _MULTIPLE == 0 and self.out_features % _MULTIPLE == 0

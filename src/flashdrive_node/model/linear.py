@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+#: Rows of a weight that are expanded or rounded at once, so that no copy of a large one is ever whole.
+ROWS_AT_ONCE = 16_384
+
 
 class QuantisedLinear(nn.Module, ABC):
     """A linear layer without `weight`: rows of inputs to rows of outputs."""
@@ -39,6 +42,38 @@ class QuantisedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Shown when a model is printed."""
         return f"{self.format}, {self.in_features} -> {self.out_features}"
+
+
+class RowwiseLinear(QuantisedLinear):
+    """A layer whose rows are rounded one by one, so that a plain weight becomes one while it is read."""
+
+    bias: Tensor | None
+
+    def __init__(self, dense: nn.Linear):
+        """Round a layer's weight; its bias is kept. Of a layer on the meta device, only make room (`fill`)."""
+        super().__init__(dense.in_features, dense.out_features)
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach())
+        self.make_room(dense.weight.device)
+        if not dense.weight.is_meta:
+            for first in range(0, self.out_features, ROWS_AT_ONCE):
+                self.fill(first, dense.weight.detach()[first : first + ROWS_AT_ONCE])
+
+    @abstractmethod
+    def make_room(self, device: torch.device) -> None:
+        """Register the buffers of the weight, with nothing in them."""
+
+    @abstractmethod
+    def fill(self, first: int, rows: Tensor) -> None:
+        """Round rows of the weight, [n, in_features] of a floating type, into their places from row `first` on."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix: int64 [n] -> float32 [n, in_features]."""
+
+    def dequantised(self) -> Tensor:
+        """See `QuantisedLinear.dequantised`."""
+        device = next(self.buffers()).device
+        return self.rows(torch.arange(self.out_features, device=device))
 
 
 class SideBySide(QuantisedLinear):

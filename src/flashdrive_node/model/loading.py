@@ -76,7 +76,7 @@ def load_alpamayo(
     quantised = find_quantised(survey(directory), release_slots(config), config.raw.get(CONFIG_KEY))
     precision = _stages(precision, config.raw.get(PRECISION_KEY), quantised, directory)
     conversions = precision.conversions(model, frozenset(quantised.matrices))
-    placer = LayerPlacer(model, quantised.matrices, precision.int8_from, conversions)
+    placer = LayerPlacer(model, quantised.matrices, precision.int8_from, conversions, device)
     info = load_weights(
         model,
         quantised.slots,
@@ -86,6 +86,7 @@ def load_alpamayo(
         progress=progress,
         hash_files=hash_files,
         completed=placer.completed,
+        take=placer.take,
         ignored=quantised.ignored,
     )
     logger.info(
