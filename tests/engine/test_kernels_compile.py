@@ -13,7 +13,14 @@ PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from flashdrive_node.engine.kernels import triton_ageing, triton_sampling, triton_vision
+from flashdrive_node.engine.kernels import (
+    triton_ageing,
+    triton_elementwise,
+    triton_linear,
+    triton_rotary,
+    triton_sampling,
+    triton_vision,
+)
 
 
 def check(kernel, types, **constants):
@@ -29,6 +36,14 @@ check(triton_ageing._age, "*bf16 *bf16 *bf16 *i64 *i64 *i64 *i32 *bf16 *bf16 i32
 heads = {"HEADS": 16, "PADDED_HEADS": 16, "HALF": 36, "PADDED_HALF": 64}
 check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads)
 check(triton_vision._layer_norm, "*bf16 " * 6 + "i32 i32 i32 fp32", ADD=True, PADDED=2048)
+tile = {"COUNT": 64, "ROWS": 64, "BLOCK": 128, "STAGES": 3}
+check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True)
+check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False)
+pointers = "*bf16 *fp32 *bf16 *bf16 *bf16"
+check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048)
+pointers = "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
+heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
+check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2)
 shape = {"CHUNKS": 39, "PADDED": 64}
 tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)

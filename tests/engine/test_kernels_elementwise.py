@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import skinny_linear
+from flashdrive_node.engine.kernels.linear import gated_linear, skinny_linear
+from flashdrive_node.engine.kernels.parts import summed
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from support.kernel_inputs import DEVICE, DTYPE, assert_close, draw, integers, seeded
 
@@ -101,12 +102,59 @@ def test_products_split_along_k(splits):
     assert_close(found, x.double() @ weight.double().T, ulps=0.6)
 
 
+@CASES
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 20), size=st.integers(1, 300), out_size=st.integers(1, 150))
+def test_gated_products(seed, tokens, size, out_size):
+    random = seeded(seed)
+    x, weight = draw(random, tokens, size), draw(random, 2 * out_size, size) * size**-0.5
+    with forced("triton"):
+        found = gated_linear(x, weight)
+    gate, up = (x.double() @ weight.double().T).to(DTYPE).double().chunk(2, dim=1)
+    # A sum of float32 that lies near the middle of two neighbours may be rounded to either.
+    exact = functional.silu(gate).to(DTYPE).double() * up
+    assert_close(found, exact, ulps=3)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_readers_add_up_the_parts_of_a_product(splits):
+    """The same to the last bit as with a kernel in between that adds them up."""
+    from flashdrive_node.engine.kernels import triton_linear
+
+    random, heads, dim, tokens = seeded(splits), 4, 16, 5
+    cut = triton_linear.Tiling(16, 32, splits, warps=4, stages=2)
+    x = draw(random, tokens, 200)
+    residual, weight, scale = draw(random, tokens, 70), draw(random, 70, 200), draw(random, 70)
+    parts = triton_linear.skinny_parts(x, weight, chosen=cut)
+    assert parts.shape == (splits, tokens, 70)
+    whole = triton_linear.skinny_linear(x, weight, chosen=cut)
+    assert torch.equal(summed(parts, DTYPE), whole)
+    for backend in ("triton", "reference"):
+        with forced(backend):
+            pairs = [add_rms_norm(residual, update, scale, EPS) for update in (parts, whole)]
+        assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+    projection = draw(random, (heads + 2 * 2) * dim, 200)
+    norms = HeadNorms(draw(random, dim), draw(random, dim), EPS)
+    cos, sin = draw(random, tokens, dim), draw(random, tokens, dim)
+    slots = torch.arange(tokens, device=DEVICE) + 3
+    for backend in ("triton", "reference"):
+        results = []
+        for make in (triton_linear.skinny_parts, triton_linear.skinny_linear):
+            cache = torch.zeros(2, 2, 20, dim, device=DEVICE, dtype=DTYPE)
+            with forced(backend):
+                q = norm_rope_write(make(x, projection, chosen=cut), norms, cos, sin, cache[0], cache[1], slots)
+            results.append((q, cache))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_bad_input_is_refused():
     x = torch.zeros(3, 8)
     with pytest.raises(ValueError, match=r"norm: rows .* \[3, 8\] .* and \[7\]"):
         rms_norm(x, torch.ones(7), EPS)
     with pytest.raises(ValueError, match="x and update alike"):
         add_rms_norm(x, x[:2], torch.ones(8), EPS)
+    with pytest.raises(ValueError, match=r"float32 parts of it, are required, found \[3, 8\] .* and \[2, 3, 7\]"):
+        add_rms_norm(x, torch.zeros(2, 3, 7), torch.ones(8), EPS)
     with pytest.raises(ValueError, match=r"gate: contiguous .* found \[3, 7\]"):
         silu_mul(x[:, :7])
     with pytest.raises(ValueError, match="linear: x"):

@@ -23,7 +23,7 @@ ROOM = 40
 @QUICK
 @given(seed=st.integers(0, 9999), mode=st.sampled_from(["full", "features"]))
 def test_exact_modes_end_where_a_fresh_window_would(seed, mode):
-    """Ticks, repeats, gaps, navigation, resets, lost cameras: always bit for bit the plain path's state."""
+    """Ticks, repeats, gaps, navigation, resets, lost cameras: always bit for bit the plain path's keys and values."""
     stream = Stream(stream_model(seed % 4), StreamSettings(mode), ROOM)
     for window in drive(seed, 8):
         if window is None:
@@ -31,7 +31,8 @@ def test_exact_modes_end_where_a_fresh_window_would(seed, mode):
             continue
         context, logits, plan = tick(stream, window)
         expected = from_scratch(stream, window)
-        assert torch.equal(logits, expected[0])
+        # The last layer runs for the last token alone, which sums in another order.
+        torch.testing.assert_close(logits, expected[0], rtol=1e-5, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(state(context), expected[1:], strict=True))
         assert context.cache.used == context.prefix == len(plan.prompt.ids)
 

@@ -38,20 +38,26 @@ def run_rows(
         cache: Slots of the prompt, of which those of the plan's rows are written.
         features: Of all images.
         kept: See `run_at_slots`.
-        taps: Shown the outputs of the layers.
+        taps: Shown the outputs of the layers, of the last one only for the tokens that they keep.
 
     Returns:
-        Hidden state of the last one of them behind the final norm, [1, hidden].
+        Hidden state of the prompt's last token behind the final norm, [1, hidden]; [0, hidden] where the plan stops
+        short of it, since nothing but keys and values is wanted then.
     """
     language, config, rows = model.language, model.config.text, plan.rows
     x = embedding(ids[rows.slots], language.embed_tokens.weight)
     x = x.index_copy(0, rows.image_rows, features.embeds[rows.image_tokens])
+    count = len(rows.slots)
+    kept_rows = 1 if taps is None else taps.last or count
+    wanted = min(count, kept_rows) if rows.last else 0
     # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
-    visible = None if rows.whole else up_to(rows.slots + 1)
+    visible, visible_last = up_to(rows.slots + 1), up_to(rows.slots[count - wanted :] + 1)
 
     def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if visible is None:
-            return attend_causal(q, keys[:, : len(q)], values[:, : len(q)])
+        if len(q) < count:
+            return attend_visible(q, keys, values, visible_last)
+        if rows.whole:
+            return attend_causal(q, keys[:, :count], values[:, :count])
         return attend_visible(q, keys, values, visible)
 
     def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
@@ -71,5 +77,6 @@ def run_rows(
         kept,
         None if taps is None else taps.see,
         deepstack,
+        wanted,
     )
     return hidden[-1:]

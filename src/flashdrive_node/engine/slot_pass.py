@@ -11,15 +11,15 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import project
+from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm
+from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.language import LanguageModel
 
 #: Attention of queries [T, heads, head_dim] to a layer's keys and values [kv_heads, slots, head_dim], of which the
-#: whole cache is given: [T, heads * head_dim].
+#: whole cache is given: [T, heads * head_dim]. In the last layer the queries may be the last ones alone (`wanted`).
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -34,6 +34,7 @@ def run_at_slots(
     kept: Callable[[int], KeptKeys] | None = None,
     tap: Callable[[int, Tensor], None] | None = None,
     added: Callable[[int], tuple[Tensor, Tensor] | None] | None = None,
+    wanted: int | None = None,
 ) -> Tensor:
     """Run tokens through a stack, writing their keys and values to given slots.
 
@@ -46,11 +47,13 @@ def run_at_slots(
         cache: Written before it is attended to, layer by layer; `used` is left alone.
         attention: Decides what each token sees.
         kept: Where a layer's keys before rotation go.
-        tap: Shown every layer's output [T, hidden], which it may not change.
+        tap: Shown every layer's output [T, hidden], which it may not change; of the last layer that of wanted tokens.
         added: What comes on top of a layer's output: rows, int64 [n], and their values [n, hidden].
+        wanted: How many of the last tokens are asked for, by default all. Of the others the last layer computes keys
+            and values alone.
 
     Returns:
-        Hidden states behind the final norm, [T, hidden].
+        Hidden states behind the final norm, [wanted, hidden].
     """
     cos, sin = rotation
     stack = [cast(DecoderLayer, layer) for layer in layers]
@@ -60,7 +63,7 @@ def run_at_slots(
         heads = HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
         keys, values = cache.keys[i], cache.values[i]
         q = norm_rope_write(
-            project(hidden, layer.qkv),
+            project_parts(hidden, layer.qkv),
             heads,
             cos,
             sin,
@@ -69,21 +72,25 @@ def run_at_slots(
             slots,
             None if kept is None else kept(i),
         )
-        update = project(attention(q, keys, values), layer.o_proj)
-        x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
-        gated = silu_mul(project(hidden, layer.gate_up))
-        update = project(gated, layer.down)
         extra = None if added is None else added(i)
+        if i == len(stack) - 1 and wanted is not None and extra is None:
+            q, x = q[len(q) - wanted :], x[len(x) - wanted :]
+            if not wanted:
+                return x
+        update = project_parts(attention(q, keys, values), layer.o_proj)
+        x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
+        gated = gated_project(hidden, layer.gate_up)
         if extra is None:
+            update = project_parts(gated, layer.down)
             x, hidden = add_rms_norm(x, update, next_norm.weight, next_norm.eps)
         else:
-            x = x + update
+            x = x + project(gated, layer.down)
         if tap is not None:
             tap(i, x)
         if extra is not None:
             x = x.index_add(0, *extra)
             hidden = rms_norm(x, next_norm.weight, next_norm.eps)
-    return hidden
+    return hidden if wanted is None else hidden[len(hidden) - wanted :]
 
 
 def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ class Taps:
 
     def __init__(self, layer_ids: tuple[int, ...], last: int | None = None):
         """Keep the last `last` tokens of a pass, by default all."""
-        self._layer_ids, self._last = layer_ids, last
+        self._layer_ids, self.last = layer_ids, last
         self._seen: dict[int, Tensor] = {}
 
     def see(self, layer: int, value: Tensor) -> None:
         """Called behind every layer with its output [T, hidden]."""
         if layer in self._layer_ids:
-            self._seen[layer] = value if self._last is None else value[-self._last :]
+            self._seen[layer] = value if self.last is None else value[-self.last :]
 
     def observe(self, name: str, value: Tensor) -> None:
         """`see` for passes that report as `run_layers` does."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.parts import is_parts, summed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,7 +25,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
     Args:
         x: Residual stream, [T, size].
-        update: What a layer adds to it, [T, size].
+        update: What a layer adds to it, [T, size], or its parts (see `parts`).
         weight: Of the norm that reads the sum, [size].
         eps: Of the norm.
 
@@ -31,16 +33,20 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
         The sum, rounded to x's type, and its norm; [T, size] each.
     """
     _check_norm(x, weight)
-    if x.shape != update.shape or x.dtype != update.dtype:
+    if is_parts(update):
+        alike = update.shape[1:] == x.shape and update.dtype == torch.float32 and update.is_contiguous()
+    else:
+        alike = update.shape == x.shape and update.dtype == x.dtype
+    if not alike:
         raise ValueError(
-            f"norm: x and update alike are required, found {list(x.shape)} {x.dtype} and {list(update.shape)} "
-            f"{update.dtype}"
+            f"norm: x and update alike, or float32 parts of it, are required, found {list(x.shape)} {x.dtype} and "
+            f"{list(update.shape)} {update.dtype}"
         )
     if uses_triton(x):
         from flashdrive_node.engine.kernels.triton_elementwise import add_rms_norm as run
 
         return run(x, update, weight, eps)
-    x = x + update
+    x = x + summed(update, x.dtype)
     return x, functional.rms_norm(x, weight.shape, weight, eps)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.elementwise import silu_mul
 
 #: Rows up to which the own kernel is tried.
 MAX_ROWS = 64
@@ -21,16 +22,37 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [M, N] in x's type.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise ValueError(
-            f"linear: x [M, K] and weight [N, K] of one type are required, found {list(x.shape)} {x.dtype} and "
-            f"{list(weight.shape)} {weight.dtype}"
-        )
-    if uses_triton(x) and len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous():
+    if _suits_triton(x, weight):
         from flashdrive_node.engine.kernels.triton_linear import skinny_linear as run
 
         return run(x, weight)
     return linear(x, weight)
+
+
+def skinny_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """`skinny_linear` for a reader that takes parts (see `parts`): [M, N] in x's type, or float32 [parts, M, N]."""
+    if _suits_triton(x, weight):
+        from flashdrive_node.engine.kernels.triton_linear import skinny_parts as run
+
+        return run(x, weight)
+    return linear(x, weight)
+
+
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The first half of a SwiGLU MLP, silu(gate) * up, roundings as in `silu_mul`.
+
+    Args:
+        x: [M, K].
+        weight: Rows of the gate, then rows of up, [2 * N, K].
+
+    Returns:
+        [M, N] in x's type.
+    """
+    if _suits_triton(x, weight):
+        from flashdrive_node.engine.kernels.triton_linear import gated_linear as run
+
+        return run(x, weight)
+    return silu_mul(linear(x, weight))
 
 
 def project(x: Tensor, layer: nn.Module) -> Tensor:
@@ -39,3 +61,22 @@ def project(x: Tensor, layer: nn.Module) -> Tensor:
         return skinny_linear(x, layer.weight)
     result: Tensor = layer(x)
     return result
+
+
+def project_parts(x: Tensor, layer: nn.Module) -> Tensor:
+    """`project` for a reader that takes parts (see `parts`)."""
+    return skinny_parts(x, layer.weight) if isinstance(layer, nn.Linear) else project(x, layer)
+
+
+def gated_project(x: Tensor, layer: nn.Module) -> Tensor:
+    """`gated_linear` of a layer in whatever format its weight is: [M, K] -> [M, N / 2]."""
+    return gated_linear(x, layer.weight) if isinstance(layer, nn.Linear) else silu_mul(project(x, layer))
+
+
+def _suits_triton(x: Tensor, weight: Tensor) -> bool:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"linear: x [M, K] and weight [N, K] of one type are required, found {list(x.shape)} {x.dtype} and "
+            f"{list(weight.shape)} {weight.dtype}"
+        )
+    return uses_triton(x) and len(x) <= MAX_ROWS and x.is_contiguous() and weight.is_contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.parts import is_parts, summed
 from flashdrive_node.model.rope import rotate
 
 
@@ -47,7 +48,8 @@ def norm_rope_write(
     cosine, and behind the sum.
 
     Args:
-        qkv: Output of the projection, rows q, k, v: [T, (heads + 2 kv_heads) * head_dim], contiguous.
+        qkv: Output of the projection, rows q, k, v: [T, (heads + 2 kv_heads) * head_dim], contiguous, or its parts (see
+            `parts`).
         norms: Of the layer.
         cos, sin: Rotations as `rotate` takes them, [T, head_dim], in qkv's type or float32.
         keys, values: A layer of the cache, [kv_heads, slots, head_dim].
@@ -61,7 +63,7 @@ def norm_rope_write(
         ValueError: Shapes or types that do not belong together.
     """
     _check(qkv, cos, sin, keys, values, slots)
-    if uses_triton(qkv) and keys.shape[2] in (16, 32, 64, 128, 256):
+    if uses_triton(keys) and keys.shape[2] in (16, 32, 64, 128, 256):
         from flashdrive_node.engine.kernels.triton_rotary import norm_rope_write as run
 
         return run(qkv, norms, cos, sin, keys, values, slots, kept)
@@ -81,6 +83,7 @@ def norm_rope_write_reference(
     """`norm_rope_write` step by step."""
     kv_heads, _, dim = keys.shape
     kv_size = kv_heads * dim
+    qkv = summed(qkv, keys.dtype)
     parts = qkv.split((qkv.shape[1] - 2 * kv_size, kv_size, kv_size), dim=1)
     q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
     q, k = rms_norm(q, (dim,), norms.q, norms.eps), rms_norm(k, (dim,), norms.k, norms.eps)
@@ -92,24 +95,25 @@ def norm_rope_write_reference(
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    tokens, (kv_heads, _, dim) = len(qkv), keys.shape
-    heads = qkv.shape[1] // dim - 2 * kv_heads
+    (tokens, width), (kv_heads, _, dim) = qkv.shape[-2:], keys.shape
+    heads = width // dim - 2 * kv_heads
     fits = (
         qkv.is_contiguous()
-        and qkv.shape == (tokens, (heads + 2 * kv_heads) * dim)
+        and qkv.shape[-2:] == (tokens, (heads + 2 * kv_heads) * dim)
         and heads > 0
         and cos.shape == sin.shape == (tokens, dim)
         and keys.shape == values.shape
         and keys.stride() == values.stride()
         and slots.shape == (tokens,)
-        and qkv.dtype == keys.dtype == values.dtype
+        and qkv.dtype == (torch.float32 if is_parts(qkv) else keys.dtype)
+        and keys.dtype == values.dtype
     )
     if not fits:
         raise ValueError(
-            "rotary: contiguous qkv [T, (heads + 2 kv_heads) * d], cos and sin [T, d], keys and values laid out alike "
-            f"[kv_heads, slots, d] of qkv's type and slots [T] are required, found {list(qkv.shape)} {qkv.dtype}, "
-            f"{list(cos.shape)}, {list(sin.shape)}, {list(keys.shape)} {keys.dtype}, {list(values.shape)} and "
-            f"{list(slots.shape)}"
+            "rotary: contiguous qkv [T, (heads + 2 kv_heads) * d] or its float32 parts, cos and sin [T, d], keys and "
+            "values laid out alike [kv_heads, slots, d] of qkv's type and slots [T] are required, found "
+            f"{list(qkv.shape)} {qkv.dtype}, {list(cos.shape)}, {list(sin.shape)}, {list(keys.shape)} {keys.dtype}, "
+            f"{list(values.shape)} and {list(slots.shape)}"
         )
     if slots.dtype != torch.int64:
         raise ValueError(f"rotary: slots must be int64, found {slots.dtype}")

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.parts import is_parts
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `elementwise.rms_norm`."""
@@ -29,6 +31,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 def _norm(x: Tensor, update: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, ADD: bool) -> None:
     tokens, size = x.shape
     padded = triton.next_power_of_2(size)
+    parts = len(update) if is_parts(update) else 0
     _rms_norm[(tokens,)](
         x,
         update,
@@ -37,9 +40,11 @@ def _norm(x: Tensor, update: Tensor, weight: Tensor, total: Tensor, out: Tensor,
         out,
         size,
         x.stride(0),
+        update.stride(-2),
         update.stride(0),
         eps,
         ADD=ADD,
+        PARTS=parts,
         PADDED=padded,
         num_warps=min(16, max(1, padded // 256)),
     )
@@ -55,8 +60,10 @@ def _rms_norm(
     size,
     x_row,
     update_row,
+    update_part,
     eps,
     ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -64,7 +71,10 @@ def _rms_norm(
     within = column < size
     x = tl.load(x_ptr + row * x_row + column, mask=within, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(update_ptr + row * update_row + column, mask=within, other=0.0).to(tl.float32)
+        update = tl.load(update_ptr + row * update_row + column, mask=within, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            update += tl.load(update_ptr + part * update_part + row * update_row + column, mask=within, other=0.0)
+        x += update.to(total_ptr.dtype.element_ty).to(tl.float32)
         rounded = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * size + column, rounded, mask=within)
         x = rounded.to(tl.float32)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.parts import is_parts
+
 if TYPE_CHECKING:
     from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys
 
@@ -28,9 +30,9 @@ def norm_rope_write(
     kept: KeptKeys | None,
 ) -> Tensor:
     """See `rotary.norm_rope_write`."""
-    tokens, (kv_heads, _, dim) = len(qkv), keys.shape
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    q = torch.empty(tokens, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    (tokens, width), (kv_heads, _, dim) = qkv.shape[-2:], keys.shape
+    heads = width // dim - 2 * kv_heads
+    q = torch.empty(tokens, heads, dim, dtype=keys.dtype, device=qkv.device)
     together = gcd(heads, kv_heads, 8)  # heads of one program: a power of two that divides both
     _norm_rope_write[(tokens, (heads + 2 * kv_heads) // together)](
         qkv,
@@ -45,6 +47,7 @@ def norm_rope_write(
         keys if kept is None else kept.store,
         slots if kept is None else kept.places,
         norms.eps,
+        tokens * width,
         cos.stride(0),
         sin.stride(0),
         keys.stride(0),
@@ -56,6 +59,7 @@ def norm_rope_write(
         DIM=dim,
         TOGETHER=together,
         KEEP=kept is not None,
+        PARTS=len(qkv) if is_parts(qkv) else 1,
         num_warps=2 if together * dim >= 512 else 1,
     )
     return q
@@ -75,6 +79,7 @@ def _norm_rope_write(
     store,
     places,
     eps,
+    part_stride,
     cos_row,
     sin_row,
     kv_head,
@@ -86,6 +91,7 @@ def _norm_rope_write(
     DIM: tl.constexpr,
     TOGETHER: tl.constexpr,
     KEEP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Heads in the order of the projection: queries, keys, values. A head is taken in halves, which rotation mixes."""
     token = tl.program_id(0)
@@ -95,6 +101,11 @@ def _norm_rope_write(
     column = tl.arange(0, HALF)[None, :]
     source = qkv + token * (HEADS + 2 * KV_HEADS) * DIM + (first + lane) * DIM + column
     left_raw, right_raw = tl.load(source), tl.load(source + HALF)
+    for part in tl.static_range(1, PARTS):
+        left_raw += tl.load(source + part * part_stride)
+        right_raw += tl.load(source + part * part_stride + HALF)
+    rounded = q_out.dtype.element_ty
+    left_raw, right_raw = left_raw.to(rounded), right_raw.to(rounded)
     slot = tl.load(slots + token)
     if first >= HEADS + KV_HEADS:
         target = values + (first - HEADS - KV_HEADS + lane) * kv_head + slot * kv_slot + column
@@ -102,7 +113,6 @@ def _norm_rope_write(
         tl.store(target + HALF, right_raw)
         return
     weight = k_weight if first >= HEADS else q_weight
-    rounded = qkv.dtype.element_ty
     left, right = left_raw.to(tl.float32), right_raw.to(tl.float32)
     scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / DIM + eps)[:, None]
     left_normed = (left * scale * tl.load(weight + column).to(tl.float32)).to(rounded)
