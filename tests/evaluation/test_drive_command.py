@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from flashdrive_node.cli.main import main
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.evaluation.closed_loop import Observation
+from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
 from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
 from flashdrive_node.evaluation.policies import ConstantVelocity, make_policy, medoid
 from flashdrive_node.model.action_space import yaw_matrix
@@ -137,23 +139,25 @@ def test_closed_loop(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "model" / "000004.mp4").exists()
 
 
-def test_the_streaming_engine_drives(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_drive(checkpoint: Path) -> None:
     """What keeps features is exact, and so drives like the plain engine."""
-    command = ["drive", str(checkpoint), "--policy", "model", "--split", "validation", "--first", "3", "--scenes", "3"]
-    command += ["--seconds", "0.3", "--size", "64x32", "--device", "cpu", "--flow-steps", "2", "--batch", "2"]
-    rows = {}
-    for name, options in {
-        "plain": [],
-        "features": ["--engine", "streaming", "--stream-mode", "features"],
-        "kv": ["--engine", "streaming", "--stream-mode", "kv", "--refresh-every", "2"],
+    run, rows = RunSettings("validation", 0.2, policy_batch=1), {}
+    streaming = StreamingSettings(**vars(settings(checkpoint)))
+    for name, model in {
+        "plain": settings(checkpoint),
+        "features": replace(streaming, stream=StreamSettings("features")),
     }.items():
-        assert main([*command, *options, "--out", str(tmp_path / name)]) == 0
-        content = json.loads((tmp_path / name / "closed_loop.json").read_text())
-        rows[name] = [scene["scores"]["distance_m"] for scene in content["policies"]["model"]["scenes"]]
-        assert ("stream_mode" in content["conditions"]) == (name != "plain")
+        driven = ClosedLoopWork(("model",), model, run, (64, 32))([3, 4], "cpu", lambda _: None)
+        rows[name] = [row.scores["distance_m"] for _, row in driven]
     assert rows["features"] == pytest.approx(rows["plain"], abs=1e-4)
-    assert len(rows["kv"]) == 3
-    capsys.readouterr()
+
+
+def test_the_streaming_engine_by_command(checkpoint: Path, tmp_path: Path) -> None:
+    command = ["drive", str(checkpoint), "--policy", "model", "--scenes", "1", "--seconds", "0.1", "--size", "64x32"]
+    command += ["--device", "cpu", "--engine", "streaming", "--stream-mode", "kv", "--flow-schedule", "2:0"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    conditions = json.loads((tmp_path / "closed_loop.json").read_text())["conditions"]
+    assert (conditions["engine"], conditions["stream_mode"], conditions["flow_schedule"]) == ("streaming", "kv", "2:0")
 
 
 def test_streams_of_one_run_are_none_of_the_next(checkpoint: Path, observation: Observation) -> None:

@@ -74,22 +74,34 @@ def test_a_report_needs_results(tmp_path, capsys) -> None:
 def test_ablate(checkpoint, options, model, tmp_path, capsys) -> None:
     save_drafter(new_drafter(drafter_config(model.config), model, 0), tmp_path / "drafter")
     out = tmp_path / "out"
-    names = ["plain", "features", "speculative", "flow", "all"]
+    names = ["plain", "features", "kv", "speculative", "flow"]
     files = ["--drafter", str(tmp_path / "drafter"), "--flow-schedule", "4:0,3"]
     command = ["ablate", str(checkpoint), *options, *files, "--temperature", "0", "--out", str(out)]
     assert main([*command, "--configurations", *names]) == 0
     content = json.loads((out / "ablation.json").read_text())
     assert list(content) == names
-    # What keeps images' features, or guesses tokens, is exact at greedy.
+    # What keeps images' features, or guesses tokens, is the plain function, and is answered by its engine alone.
     for name in ("features", "speculative"):
-        _, relative = content[name]["compared"]["ade@6.4s"]
-        assert relative[0] == pytest.approx(0, abs=1e-4)
+        assert content[name]["settings"]["same_as"] == "plain"
+        assert content[name]["compared"]["ade@6.4s"][1][0] == 0
+        assert not list((out / name / "clips").iterdir())
     assert content["speculative"]["metrics"]["accept_length"] >= 1
     assert content["flow"]["settings"]["flow_schedule"] == "4:0,3"
     assert "drafter" not in content["flow"]["settings"]
+    # Side by side or one by one, every engine says and plans the same.
+    for name in names:
+        agreed = content[name]["engine_agrees"]
+        assert (agreed["windows"], agreed["texts"]) == (2, 1.0), name
+        assert agreed["ade_m"] < 1e-3
     table = (out / "ablation.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:7]] == names
+    assert "- features is the function of plain" in table
     assert (out / "ablation.png").stat().st_size > 5000
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/clips/*.json")}
+    assert main([*command, "--configurations", "plain", "kv"]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/clips/*.json")}
     capsys.readouterr()
     assert main([*command, "--configurations", "plain", "kv-tuned"]) == 2
     assert "configuration 'kv-tuned' requires --overlay, found none" in capsys.readouterr().err
+    assert main([*command, "--workers", "0"]) == 2
+    assert "--workers must be at least 1, found 0" in capsys.readouterr().err

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashdrive_node.cli.clip_options import add_clip_options
-from flashdrive_node.cli.engine_options import add_engine_options
+from flashdrive_node.cli.clip_options import add_clip_options, clip_source, image_size
+from flashdrive_node.cli.engine_options import add_engine_options, engine_settings
 from flashdrive_node.cli.evaluate import answer_clips
-from flashdrive_node.evaluation.ablation import markdown, read_ablation, write_ablation
+from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.evaluation.ablation import DRIVES, LATENCY, SAME_AS, read_ablation
+from flashdrive_node.evaluation.ablation_report import markdown, write_ablation
+from flashdrive_node.evaluation.ablation_runs import ConfiguredDrives, read_drives, same_as, write_drives
 from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
-from flashdrive_node.evaluation.evaluation import ResultFolder, Shard
+from flashdrive_node.evaluation.closed_loop_run import RunSettings
+from flashdrive_node.evaluation.devices import devices_of, spread
+from flashdrive_node.evaluation.evaluation import ResultFolder
+from flashdrive_node.evaluation.lockstep import HeldClips, LockstepWork
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 
@@ -45,28 +54,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_clip_options(parser, PROTOCOL_WINDOWS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; a run that was cut goes on")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only every N-th clip, from number I on")
+    parser.add_argument("--clips-at-once", type=int, default=64, metavar="N", help="side by side (default: 64)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on each device (default: 1)")
+    parser.add_argument(
+        "--closed-loop", type=int, default=0, metavar="SCENES", help="drive so many scenes with each (default: none)"
+    )
+    parser.add_argument("--closed-loop-seconds", type=float, default=20.0, help="length of a drive (default: 20)")
+    parser.add_argument(
+        "--latency-clips", type=int, default=1, metavar="N", help="that the engines themselves answer (default: 1)"
+    )
     parser.add_argument("--report-only", action="store_true", help="no engine: put together what is in --out")
     add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate every configuration and compare. Returns 1 where clips or windows ended in a problem."""
+    """Run every configuration and compare. Returns 1 where clips or windows ended in a problem."""
     names = chosen_configurations(args)
     if not args.report_only:
-        loaded: dict[Path | None, LoadedModel | None] = {}
-        for name in names:
-            own = configured(args, name)
-            # Weights are read once, and once more with an overlay.
-            loaded[own.overlay] = answer_clips(own, ResultFolder(args.out / name), loaded.get(own.overlay))
-        if Shard.parse(args.shard).of > 1:
-            print(f"clips {args.shard} are done; --report-only puts all together")
-            return 0
+        _check(args)
+        _measure(args, names)
     ablation = read_ablation(args.out, names)
     print(markdown(ablation))
     for path in write_ablation(ablation, args.out):
         print(f"wrote {path}")
     return 1 if any(summary.problems for summary in ablation.summaries.values()) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.checkpoint is None:
+        raise InputError("a checkpoint is required, or --report-only")
+    for name, least in (("clips_at_once", 1), ("workers", 1), ("latency_clips", 1), ("closed_loop", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(args, name)}")
+
+
+def _measure(args: argparse.Namespace, names: list[str]) -> None:
+    """The engines one by one on few clips, then their functions over many at a time, then the drives."""
+    own = {name: configured(args, name) for name in names}
+    settings = {name: engine_settings(own[name], image_size(args)) for name in names}
+    same = same_as(settings)
+    held = HeldClips(clip_source(args, settings[names[0]].torch_device), args.latency_clips)
+    loaded: dict[Path | None, LoadedModel | None] = {}
+    for name in names:
+        overlay = own[name].overlay
+        timed = ResultFolder(args.out / LATENCY / name)
+        # Weights are read once, and once more with an overlay.
+        loaded[overlay] = answer_clips(own[name], timed, loaded.get(overlay), held)
+        ResultFolder(args.out / name).prepare(timed.settings() | {SAME_AS: same[name]})
+    loaded.clear()
+    devices = devices_of(args.device) * args.workers
+    cameras = held.camera_indices
+    chosen = {name: replace(settings[name], cameras=cameras) for name in names if same[name] == name}
+    source = partial(clip_source, _without_functions(args))
+    folders = {name: (one, args.out / name) for name, one in chosen.items()}
+    clips = clip_source(args, "cpu")
+    count = len(clips) or sum(1 for _ in clips.clips())
+    spread(LockstepWork(folders, source, args.clips_at_once), range(count), devices, "open loop")
+    if args.closed_loop:
+        _drive(args, chosen, devices)
+
+
+def _drive(args: argparse.Namespace, settings: dict[str, PlainSettings], devices: list[str]) -> None:
+    """Drive scenes of the split that is named, or of the test split, by configurations that have not yet."""
+    split = "test" if args.world is None else args.world.partition(":")[0]
+    height, width = image_size(args)
+    indices = range(args.closed_loop)
+    run_settings = RunSettings(split, args.closed_loop_seconds)
+    described = {
+        name: json.loads((args.out / name / "settings.json").read_text(encoding="utf-8"))
+        | {"split": split, "scenes": len(indices), "seconds": args.closed_loop_seconds}
+        for name in settings
+    }
+    todo = {n: s for n, s in settings.items() if read_drives(args.out / n / DRIVES, described[n]) is None}
+    if not todo:
+        return
+    driven = spread(ConfiguredDrives(todo, run_settings, (width, height)), indices, devices, "closed loop")
+    for name in todo:
+        write_drives(args.out / name / DRIVES, described[name], [row for other, row in driven if other == name])
+
+
+def _without_functions(args: argparse.Namespace) -> argparse.Namespace:
+    """Options that can be sent to another process."""
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not callable(value)})
 
 
 def chosen_configurations(args: argparse.Namespace) -> list[str]:

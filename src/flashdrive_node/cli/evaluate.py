@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashdrive_node.cli.clip_options import add_clip_options, clip_source, image_size
 from flashdrive_node.cli.engine_options import add_engine_options, described, engine_settings, make_engine
-from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
+from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS, ClipSource
 from flashdrive_node.evaluation.evaluation import ResultFolder, Shard, evaluate
 from flashdrive_node.evaluation.evaluation_report import markdown, write_report
 from flashdrive_node.evaluation.evaluation_summary import add_baseline, summarise
@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answer_clips(
-    args: argparse.Namespace, folder: ResultFolder, loaded: LoadedModel | None = None
+    args: argparse.Namespace,
+    folder: ResultFolder,
+    loaded: LoadedModel | None = None,
+    source: ClipSource | None = None,
 ) -> LoadedModel | None:
     """Step the engine that the options choose through the clips that they choose.
 
@@ -57,6 +60,7 @@ def answer_clips(
         args: Parsed, of this command or one with the same options.
         folder: Takes the results.
         loaded: The checkpoint, where it is in memory already.
+        source: Clips in place of those that the options choose.
 
     Returns:
         The checkpoint, for another engine.
@@ -66,11 +70,11 @@ def answer_clips(
     """
     if args.checkpoint is None:
         raise InputError("a checkpoint is required, or --report-only")
-    shard = Shard.parse(args.shard)
+    shard = Shard.parse(vars(args).get("shard", "0/1"))
     engine = make_engine(engine_settings(args, image_size(args)))
     engine.loaded = loaded
     info = engine.load()
-    source = clip_source(args, engine.settings.torch_device)
+    source = source or clip_source(args, engine.settings.torch_device)
     if (kind := vars(args).get("sabotage")) is not None:
         source = SabotagedClips(source, kind)
     # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from flashdrive_node.evaluation.evaluation import ResultFolder
+import numpy as np
+
+from flashdrive_node.evaluation.ablation_runs import read_drives
+from flashdrive_node.evaluation.clip_scores import ClipScores
+from flashdrive_node.evaluation.closed_loop_run import SceneRow
+from flashdrive_node.evaluation.evaluation import WORST, ResultFolder
 from flashdrive_node.evaluation.evaluation_summary import Summary, add_baseline, summarise
+from flashdrive_node.evaluation.metrics import Estimate, bootstrap_mean
+from flashdrive_node.model.errors import InputError
 
-#: Stages of the table, in order.
-_STAGES = ("images", "encode", "prefill", "decode", "action", "total")
-_SHARES = {"empty": "empty", "malformed": "malformed", "same_label": "cause right", "agree_with_path": "agrees"}
+#: Folder of the windows that the engines themselves have answered, and file of a configuration's drives.
+LATENCY, DRIVES = "latency", "closed_loop.json"
+#: Key of a configuration's settings that names the one with the same function.
+SAME_AS = "same_as"
+#: Figures of the closed loop, and what they are called.
+CLOSED_LOOP = {
+    "scene_score": "scene score",
+    "progress": "progress",
+    "at_fault_collision": "at-fault collision",
+    "off_road": "off-road",
+    "red_light": "red light",
+    "stop_sign": "stop line",
+}
+
+
+class Drives(NamedTuple):
+    """Figures of the closed loop over scenes, shares from 0 to 1."""
+
+    figures: dict[str, Estimate]
+    #: Differences to the first configuration on the same scenes; empty for itself.
+    differences: dict[str, Estimate]
+    #: Share of the texts that the world's grammar could not have made.
+    malformed: float
+
+
+class Agreement(NamedTuple):
+    """The engine itself against the same function over many clips at a time, on the same windows."""
+
+    windows: int
+    #: Share of the texts that are equal, and mean size of the difference of the ADE, metres.
+    texts: float
+    ade_m: float
 
 
 @dataclass(frozen=True)
@@ -21,10 +57,19 @@ class Ablation:
     """Summaries by the configurations' names; the first is what the others are compared with."""
 
     summaries: dict[str, Summary]
+    drives: dict[str, Drives] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Indented JSON."""
-        return json.dumps({name: asdict(s) for name, s in self.summaries.items()}, indent=2, ensure_ascii=False) + "\n"
+        """Indented JSON; estimates are lists of mean, low, high, clips."""
+        content: dict[str, Any] = {}
+        for name, summary in self.summaries.items():
+            content[name] = asdict(summary)
+            if name in self.drives:
+                content[name]["closed_loop"] = self.drives[name]._asdict()
+            if name in self.agreement:
+                content[name]["engine_agrees"] = self.agreement[name]._asdict()
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_ablation(folder: Path, names: Sequence[str]) -> Ablation:
@@ -37,90 +82,62 @@ def read_ablation(folder: Path, names: Sequence[str]) -> Ablation:
     Raises:
         InputError: A configuration has no results, or none on the windows of the baseline.
     """
-    results = {name: ResultFolder(folder / name) for name in names}
-    clips = {name: result.read() for name, result in results.items()}
-    summaries = {name: summarise(results[name].settings(), clips[name]) for name in names}
+    settings = {name: ResultFolder(folder / name).settings() for name in names}
+    source = {name: settings[name].get(SAME_AS, name) for name in names}
+    clips = {name: ResultFolder(folder / name).read() for name in dict.fromkeys(source.values())}
+    result = Ablation({name: summarise(settings[name], clips[source[name]]) for name in names})
     first = names[0]
-    for name in names[1:]:
-        add_baseline(summaries[name], clips[name], first, clips[first])
-    return Ablation(summaries)
+    rows = {name: read_drives(folder / source[name] / DRIVES) for name in names}
+    for name in names:
+        summary = result.summaries[name]
+        if name != first:
+            add_baseline(summary, clips[source[name]], first, clips[source[first]])
+        measured = ResultFolder(folder / LATENCY / name).read()
+        if measured:
+            engine = summarise(settings[name], measured)
+            summary.latency_ms, summary.metrics = engine.latency_ms, engine.metrics
+            summary.accept_lengths = engine.accept_lengths
+            summary.problems += [f"engine: {problem}" for problem in engine.problems]
+            if settings[name].get("temperature", 0) == 0:
+                result.agreement[name] = agreement(measured, clips[source[name]])
+        if (own := rows[name]) is not None:
+            result.drives[name] = drives(own, rows[first] if name != first else None)
+    return result
 
 
-def markdown(ablation: Ablation) -> str:
-    """The table, and its conditions."""
-    names = list(ablation.summaries)
-    stages = [s for s in _STAGES if any(s in summary.latency_ms for summary in ablation.summaries.values())]
-    head = ["configuration", "ADE@6.4s", "change", "minADE@6.4s", "change", *_SHARES.values(), "accepted"]
-    head += [f"{stage} ms" for stage in stages]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, summary in ablation.summaries.items():
-        cells = [name]
-        for error in ("ade@6.4s", "min_ade@6.4s"):
-            change = summary.compared.get(error)
-            cells.append(str(summary.errors[error]))
-            relative = change.relative if change else None
-            cells.append(f"{relative.mean:+.1%} [{relative.low:+.1%}, {relative.high:+.1%}]" if relative else "")
-        cells += [f"{summary.texts[share].mean:.2%}" if share in summary.texts else "" for share in _SHARES]
-        accepted = summary.metrics.get("accept_length")
-        cells.append("" if accepted is None else f"{accepted:.2f}")
-        cells += [f"{summary.latency_ms[s].p50:.1f}" if s in summary.latency_ms else "" for s in stages]
-        lines.append("| " + " | ".join(cells) + " |")
-    first = ablation.summaries[names[0]]
-    counts = ", ".join(f"{name} {s.clips} clips, {s.scored} windows" for name, s in ablation.summaries.items())
-    lines += [
-        "",
-        f"{first.settings['source']}; changes against {names[0]}, paired by window, 95 % over clips; {counts}.",
+def drives(rows: Sequence[SceneRow], baseline: Sequence[SceneRow] | None) -> Drives:
+    """Figures over scenes, and their paired differences.
+
+    Raises:
+        InputError: The baseline drove other scenes.
+    """
+    differences: dict[str, Estimate] = {}
+    if baseline is not None:
+        if [row.index for row in rows] != [row.index for row in baseline]:
+            raise InputError(f"{len(rows)} scenes that the first configuration drove are required, found others")
+        for name in CLOSED_LOOP:
+            pairs = zip(rows, baseline, strict=True)
+            differences[name] = bootstrap_mean([a.figure(name) - b.figure(name) for a, b in pairs])
+    texts = sum(row.texts for row in rows)
+    figures = {name: bootstrap_mean([row.figure(name) for row in rows]) for name in CLOSED_LOOP}
+    return Drives(figures, differences, sum(row.malformed for row in rows) / max(texts, 1))
+
+
+def agreement(engine: Sequence[ClipScores], lockstep: Sequence[ClipScores]) -> Agreement:
+    """Compare windows that both have scored.
+
+    Raises:
+        InputError: There are none.
+    """
+    other = {(clip.name, w.index): w for clip in lockstep for w in clip.windows if w.errors}
+    pairs = [
+        (w, other[clip.name, w.index])
+        for clip in engine
+        for w in clip.windows
+        if w.errors and (clip.name, w.index) in other
     ]
-    problems = [f"- {name}: {problem}" for name, s in ablation.summaries.items() for problem in s.problems[:5]]
-    return "\n".join([*lines, *problems])
-
-
-def figure_png(ablation: Ablation) -> bytes:
-    """Change of the errors against the first configuration, and latency by stage."""
-    import matplotlib
-    import numpy as np
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(ablation.summaries)
-    rows = np.arange(len(names))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.45 * len(names)), layout="constrained", sharey=True)
-    for offset, error, label, color in (
-        (-0.15, "ade@6.4s", "ADE", "#2b6fb3"),
-        (0.15, "min_ade@6.4s", "minADE", "#e0872b"),
-    ):
-        for row, name in enumerate(names):
-            change = ablation.summaries[name].compared.get(error)
-            if change is None:
-                continue
-            r = change.relative
-            reach = [[100 * (r.mean - r.low)], [100 * (r.high - r.mean)]]
-            shown = label if row == 1 else None
-            left.errorbar(100 * r.mean, row + offset, xerr=np.abs(reach), fmt="o", color=color, capsize=3, label=shown)
-    left.axvline(0, color="#222222", linewidth=0.8)
-    left.set_yticks(rows, names)
-    left.invert_yaxis()
-    left.set(title=f"change of the error at 6.4 s against {names[0]}", xlabel="[%]")
-    left.legend(fontsize=8)
-    ends = np.zeros(len(names))
-    colors = ("#c7d9ea", "#9cc3e6", "#2b6fb3", "#e0872b", "#4a9d5b")
-    for stage, color in zip(_STAGES[:-1], colors, strict=True):
-        widths = [s.latency_ms[stage].p50 if stage in s.latency_ms else 0.0 for s in ablation.summaries.values()]
-        right.barh(rows, widths, left=ends, color=color, label=stage)
-        ends += np.array(widths)
-    right.set(title="latency by stage, p50", xlabel="[ms]")
-    right.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def write_ablation(ablation: Ablation, folder: Path) -> list[Path]:
-    """Write ablation.json, ablation.md and ablation.png."""
-    files = [folder / name for name in ("ablation.json", "ablation.md", "ablation.png")]
-    files[0].write_text(ablation.to_json(), encoding="utf-8")
-    files[1].write_text(markdown(ablation) + "\n", encoding="utf-8")
-    files[2].write_bytes(figure_png(ablation))
-    return files
+    if not pairs:
+        raise InputError("windows that the engine and its function side by side have scored are required, found none")
+    texts = np.mean([a == b for one, two in pairs for a, b in zip(one.texts, two.texts, strict=True)])
+    apart = np.mean([abs(one.errors[WORST] - two.errors[WORST]) for one, two in pairs])
+    return Agreement(len(pairs), round(float(texts), 5), round(float(apart), 5))

@@ -22,9 +22,9 @@ from flashdrive_node.evaluation.clip_scores import ClipScores, WindowScore, scor
 from flashdrive_node.model.errors import InputError, ModelError
 
 #: Later than this after the window before, a stream begins anew, as in the node.
-_GAP_NS = 1_000_000_000
+GAP_NS = 1_000_000_000
 #: Error that the worst windows are found by.
-_WORST = "ade@6.4s"
+WORST = "ade@6.4s"
 _PICTURE_PX = 320
 
 
@@ -138,7 +138,7 @@ def run_clip(engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = 
     try:
         for index, window in enumerate(clip.windows):
             observation, truth = window.observation, window.truth
-            if before_ns is not None and observation.t0_ns - before_ns > _GAP_NS:
+            if before_ns is not None and observation.t0_ns - before_ns > GAP_NS:
                 engine.reset("gap")
                 engine.windows = seed_offset(clip.name) + index
             before_ns = observation.t0_ns
@@ -150,7 +150,7 @@ def run_clip(engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = 
                 continue
             scored = score(index, prediction, truth)
             result.windows.append(scored)
-            ade = scored.errors.get(_WORST)
+            ade = scored.errors.get(WORST)
             if truth is not None and ade is not None and (result.worst is None or ade > result.worst.ade_m):
                 result.worst = worst_window(index, ade, prediction, truth)
                 write_picture(observation, folder.clips / f"{clip.name}.jpg")

@@ -1,0 +1,76 @@
+"""What an ablation runs: which configurations are one function, and drives of each in closed loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings, SceneRow
+from flashdrive_node.evaluation.devices import Progress
+from flashdrive_node.evaluation.policies import MODEL
+from flashdrive_node.model.errors import InputError
+
+
+def function_of(settings: PlainSettings) -> Hashable:
+    """Equal for settings that answer alike: features that are kept and guesses that are checked change nothing."""
+    if not isinstance(settings, StreamingSettings):
+        return settings.overlay, None, None
+    stream = settings.stream if settings.stream.mode == "kv" else None
+    return settings.overlay, stream, settings.schedule
+
+
+def same_as(configurations: Mapping[str, PlainSettings]) -> dict[str, str]:
+    """By name the first configuration of the same function."""
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(function_of(settings), name) for name, settings in configurations.items()}
+
+
+@dataclass(frozen=True)
+class ConfiguredDrives:
+    """Closed loop of several configurations, for `devices.spread`."""
+
+    configurations: Mapping[str, PlainSettings]
+    run: RunSettings
+    #: Width and height of the pictures.
+    size: tuple[int, int]
+
+    def _work(self, name: str) -> ClosedLoopWork:
+        # One plan is driven, and so one is made.
+        return ClosedLoopWork((MODEL,), replace(self.configurations[name], samples=1), self.run, self.size)
+
+    def total(self, indices: Sequence[int]) -> int:
+        """Steps of all configurations."""
+        return sum(self._work(name).total(indices) for name in self.configurations)
+
+    def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[tuple[str, SceneRow]]:
+        """Name of the configuration and a row, for every configuration and scene."""
+        return [(name, row) for name in self.configurations for _, row in self._work(name)(indices, device, progress)]
+
+
+def write_drives(path: Path, settings: Mapping[str, Any], rows: Sequence[SceneRow]) -> None:
+    """Write one configuration's drives, complete or not at all."""
+    partial = path.with_suffix(".partial")
+    content = {"settings": settings, "scenes": [asdict(row) for row in rows]}
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_drives(path: Path, settings: Mapping[str, Any] | None = None) -> list[SceneRow] | None:
+    """Drives of one configuration, None where there are none or, where settings are given, none of these.
+
+    Raises:
+        InputError: The file holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if settings is not None and content["settings"] != json.loads(json.dumps(settings)):
+            return None
+        return [SceneRow(**row) for row in content["scenes"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not drives of an ablation: {type(error).__name__}: {error}") from error
