@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from flashdrive_node.engine.drafter import (
     VOCABULARY_FILE,
     Drafter,
-    convert_mask_embedding,
     load_drafter,
-    parse_drafter_config,
     read_draft_vocabulary,
-    read_mask_embedding,
 )
+from flashdrive_node.engine.drafter_config import parse_drafter_config
+from flashdrive_node.engine.mask_embedding import convert_mask_embedding, read_mask_embedding
 from flashdrive_node.model.errors import CheckpointError, ConfigError, InputError
 from support.small_models import random_model, small_config
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from flashdrive_node.engine import streaming
-from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
-from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.draft_rule import DraftRule, Propose, Script, SkipRule, block_sizes
+from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.engine.flow_pass import SampledTexts, WaypointContext
-from flashdrive_node.engine.speculative import DraftRule, Propose, Script, Speculated, TextDecoder
+from flashdrive_node.engine.speculative import Speculated, TextDecoder
 from flashdrive_node.engine.taps import Taps
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
@@ -80,8 +82,9 @@ class Prompted:
         rows: int = 1,
         closing: int | None = CLOSING,
         script: Script | None = None,
+        skip: SkipRule | None = None,
     ) -> TextDecoder:
-        draft = None if propose is None else DraftRule(propose, LAYERS, block, len(self.states), closing)
+        draft = None if propose is None else DraftRule(propose, LAYERS, block, len(self.states), closing, None, skip)
         return TextDecoder(self.model, self.context.cache, rows, settings, RULE, draft, script=script)
 
     def speculate(
@@ -91,8 +94,9 @@ class Prompted:
         settings: SamplingSettings,
         rows: int = 1,
         generator: torch.Generator | None = None,
+        skip: SkipRule | None = None,
     ) -> Speculated:
-        decoder = self.decoder(propose, block, settings, rows)
+        decoder = self.decoder(propose, block, settings, rows, skip=skip)
         return decoder.decode(self.clear(), self.logits, self.states, generator)
 
 
@@ -109,7 +113,7 @@ def accepted(text: list[int], done: int, guesses: list[int]) -> int:
 def guesser(text: list[int], block: int, right: Callable[[], bool], log: list) -> Propose:
     """Guesses the text's next tokens, each only where `right` says so; logs (tokens so far, guesses)."""
 
-    def propose(known: Tensor, states: Tensor) -> Tensor:
+    def propose(known: Tensor, states: Tensor, place: Tensor) -> Tensor:
         assert bool(states.isfinite().all())
         done = 1
         if log:
@@ -121,6 +125,26 @@ def guesser(text: list[int], block: int, right: Callable[[], bool], log: list) -
         return torch.tensor([guesses])
 
     return propose
+
+
+def knowing(text: list[int], block: int) -> Propose:
+    """Guesses what comes next in this text, from the place of the known token."""
+
+    def propose(known: Tensor, states: Tensor, place: Tensor) -> Tensor:
+        return torch.tensor([[*text[int(place) + 1 :], *[WORDS[0]] * block][: block - 1]])
+
+    return propose
+
+
+def unsteady(propose: Propose, block: int, seed: int) -> SkipRule:
+    """A drafter that is sure of its guesses at random, so that blocks of all sizes are checked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def surely(known: Tensor, states: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        guesses = propose(known, states, place)
+        return guesses, torch.rand(guesses.shape, generator=generator) ** 0.3
+
+    return SkipRule(surely, block_sizes(block), 0.3)
 
 
 def random_drafter(block: int, context_length: int, seed: int) -> Drafter:
@@ -170,7 +194,7 @@ def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
                     if name == "none":
                         propose = None
                     elif right is None:
-                        propose = lambda known, states: network.propose(model.language, known, states, None)  # noqa: E731, B023
+                        propose = lambda known, states, place: network.propose(model.language, known, states, None)  # noqa: E731, B023
                     else:
                         propose = guesser(text, block, right, log)
                     found = prompted.speculate(propose, block, greedy)
@@ -188,6 +212,20 @@ def test_greedy_text_and_cache_equal_one_at_a_time_decoding():
                     if name == "none" or (name == "wrong" and CLOSING not in text):
                         assert found.rounds == max(len(text) - 1, 1)
                     cases += 1
+                    # Labels: the first token is the model's own, and so is the last of every block that is looked at.
+                    (labels,) = found.routine
+                    assert len(labels) == len(text)
+                    assert not labels[0]
+                    if name == "none":
+                        assert not any(labels)
+                    if name == "right" and CLOSING not in text:
+                        assert [not label for label in labels] == [i % block == 0 for i in range(len(text))]
+                by_place = knowing(text, block)
+                skipped = prompted.speculate(by_place, block, greedy, skip=unsteady(by_place, block, seed))
+                assert skipped.text.rows() == [text]
+                assert skipped.slots == (used - prompted.context.prefix,)
+                for found_slots, slots in zip(prompted.text_slots(used), (keys, values), strict=True):
+                    torch.testing.assert_close(found_slots, slots, **CLOSE)
     assert cases >= 2000
     for kind in ("stop", "end of turn", "length limit"):
         for place in ("inside a block", "as bonus after a full block", "as bonus after a partial block"):
@@ -203,7 +241,7 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
     prompted = Prompted(model, seed, rows, 10, block, 2)
     sampling = SamplingSettings(temperature=1.5, max_length=10)
     generator = torch.Generator().manual_seed(seed)
-    random_guesses = lambda known, states: torch.tensor(  # noqa: E731
+    random_guesses = lambda known, states, place: torch.tensor(  # noqa: E731
         [[draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)] for _ in known]
     )
     decoder = prompted.decoder(random_guesses, block, sampling, rows)
@@ -247,8 +285,11 @@ def exact_probabilities(prompted: Prompted, settings: SamplingSettings) -> dict[
     return texts
 
 
-@pytest.mark.parametrize(("drafter", "rows"), [("likely", 1), ("unlikely", 1), ("likely", 3)])
-def test_sampled_texts_have_the_models_distribution(drafter, rows):
+@pytest.mark.parametrize(
+    ("drafter", "rows", "skips"),
+    [("likely", 1, False), ("unlikely", 1, False), ("likely", 3, False), ("likely", 2, True)],
+)
+def test_sampled_texts_have_the_models_distribution(drafter, rows, skips):
     """Chi-square of 700 texts against exact probabilities; the drafter always guesses the same."""
     model = talking_model(5, ends=1.0)
     sampling = SamplingSettings(temperature=1.3, top_p=0.95, top_k=3, max_length=3)
@@ -259,13 +300,14 @@ def test_sampled_texts_have_the_models_distribution(drafter, rows):
     ranked = sorted(exact, key=lambda text: exact[text])
     text = list(ranked[-1] if drafter == "likely" else ranked[0])
 
-    def propose(known: Tensor, states: Tensor) -> Tensor:
+    def propose(known: Tensor, states: Tensor, place: Tensor) -> Tensor:
         done = [text.index(token) + 1 if token in text else len(text) for token in known.tolist()]
         return torch.tensor([[*text[n:], 10, 10][:2] for n in done])
 
     generator, runs, counts = torch.Generator().manual_seed(7), 700, Counter()
     while counts.total() < runs:
-        found = prompted.speculate(propose, 3, sampling, rows, generator)
+        skip = unsteady(propose, 3, counts.total()) if skips else None
+        found = prompted.speculate(propose, 3, sampling, rows, generator, skip)
         counts.update(tuple(row) for row in found.text.rows())
     assert counts.keys() <= exact.keys()
     expected = {key: counts.total() * p for key, p in exact.items()}
@@ -285,7 +327,9 @@ def test_sampled_texts_have_the_models_distribution(drafter, rows):
 def test_a_small_cache_is_refused_before_anything_is_decoded():
     prompted = Prompted(talking_model(0), 0, 1, 4, 3, 1)
     with pytest.raises(ValueError, match=r"the cache has \d+ slots, \d+ are needed"):
-        prompted.speculate(lambda known, states: known.repeat(1, 2), 3, SamplingSettings(temperature=0, max_length=40))
+        prompted.speculate(
+            lambda known, states, place: known.repeat(1, 2), 3, SamplingSettings(temperature=0, max_length=40)
+        )
 
 
 def test_scripted_texts_are_taken_at_the_scripted_pace():
@@ -294,7 +338,7 @@ def test_scripted_texts_are_taken_at_the_scripted_pace():
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15, 10, 11, CLOSING, STOP], [12] * 8 + [CLOSING, STOP]])
     settings = SamplingSettings(temperature=0, max_length=20)
     network = random_drafter(5, 1, 0)
-    propose = lambda known, states: network.propose(prompted.model.language, known, states, None)  # noqa: E731
+    propose = lambda known, states, place: network.propose(prompted.model.language, known, states, None)  # noqa: E731
     decoder = prompted.decoder(propose, 5, settings, rows=2, script=Script(tokens, 3))
     found = decoder.decode(prompted.clear(), prompted.logits, prompted.states)
     assert found.text.rows() == tokens.tolist()

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from flashdrive_node.engine import plain
-from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8, FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, Observation, Prediction

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rclpy.serialization import deserialize_message, serialize_message
 from std_msgs.msg import Header
 from trajectory_msgs.msg import MultiDOFJointTrajectory
 
-from flashdrive_node.engine.protocol import EngineInfo
+from flashdrive_node.engine.protocol import EngineInfo, ReasoningToken
 from flashdrive_node.ros import messages
 from flashdrive_node.ros.messages import OutputFrame
 from flashdrive_node.ros.outputs import stage_times_ms, timing_message
@@ -130,8 +131,20 @@ def test_stage_times_cover_the_window_without_a_gap():
     assert times["input_to_engine"] == 11.0
     stages = ("gather", "decode", "queue", "engine", "publish")
     assert sum(times[stage] for stage in stages) == pytest.approx(times["total"])
-    (status,) = timing_message(HEADER, times).status
+    (status,) = timing_message(HEADER, times, {"tokens": 3.0}).status
     assert {pair.key: float(pair.value) for pair in status.values}["engine_ms"] == 39.0
+
+
+def test_labels_and_novelty_go_out_with_the_reasoning():
+    sample = replace(arc(5.0, 0.0), tokens=(ReasoningToken("Keep", False), ReasoningToken(" lane", True)))
+    result = replace(prediction(sample), metrics={"novelty": 2.0, "deliberative_share": 0.5, "accept_length": 1.0})
+    window = delivery(result)
+    record = json.loads(messages.record_json(window, result, "odom", None, T0_NS, {}))
+    assert record["reasoning_tokens"] == [["Keep", False], [" lane", True]]
+    _, status = round_trip(timing_message(HEADER, {"total": 1.0}, result.metrics)).status
+    assert (status.name, status.message) == ("reasoning", "novelty 2.00")
+    values = {pair.key: float(pair.value) for pair in status.values}
+    assert values == {"novelty": 2.0, "deliberative_share": 0.5, "accept_length": 1.0}
 
 
 def test_odometry_keeps_frames_pose_and_twist():

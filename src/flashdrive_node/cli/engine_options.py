@@ -15,7 +15,10 @@ from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.sampling import SamplingSettings
 
 #: Options of the streaming engine, which the plain one does not take.
-_STREAMING = ("stream_mode", "refresh_every", "refresh_views", "flow_schedule", "drafter", "shared_text", "eager")
+_STREAMING = (
+    *("stream_mode", "refresh_every", "refresh_views", "flow_schedule"),
+    *("drafter", "draft_confidence", "shared_text", "eager"),
+)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("plain", "streaming"), default="plain", help="default: plain")
     add_stream_options(group)
-    group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a DFlash drafter")
+    group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a drafter")
+    group.add_argument(
+        "--draft-confidence", type=float, metavar="P", help="streaming: check as many guesses as it is this sure of"
+    )
     group.add_argument("--shared-text", action="store_true", help="streaming: one text for all samples")
     group.add_argument("--eager", action="store_true", help="streaming: stages are not captured as graphs on a GPU")
     group.add_argument("--flow-steps", type=int, metavar="N", help="flow steps (default: the checkpoint's)")
@@ -95,6 +101,7 @@ def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> Pl
         return PlainSettings(**common)
     return StreamingSettings(
         drafter=args.drafter,
+        draft_confidence=args.draft_confidence or 0.0,
         shared_text=args.shared_text,
         graphs=not args.eager,
         **stream_options(args),

@@ -1,133 +1,57 @@
-"""The DFlash drafter: guesses the rest of a block of tokens in one pass, from hidden states of the target model.
+"""Drafters: guess the rest of a block of tokens in one pass, from hidden states of the target model.
 
-A few Qwen3 decoder layers without a cache of their own. Context states enter every layer as further keys and values,
-unchanged; positions are local (0 is the oldest context state), so a proposal depends on nothing but its arguments.
+A few Qwen3 decoder layers. Context states enter every layer as further keys and values, unchanged: those of the last
+tokens, and in a routine drafter those of a prompt's parts, whose keys and values are computed once per prompt. Beyond
+that a proposal depends on nothing but its arguments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention
 
+from flashdrive_node.engine.drafter_config import DrafterConfig, parse_drafter_config
 from flashdrive_node.engine.kernels.linear import skinny_linear
+from flashdrive_node.engine.mask_embedding import read_mask_embedding
+from flashdrive_node.engine.prompt_slots import PromptView
 from flashdrive_node.engine.slot_pass import next_logits
 from flashdrive_node.model.checkpoint import load_weights, materialise
-from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig
+from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
-from flashdrive_node.model.errors import CheckpointError, ConfigError, InputError
+from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.language import LanguageModel
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
-from flashdrive_node.model.safetensors_file import TensorSpec, write_file
 from flashdrive_node.model.source import read_json
 from flashdrive_node.model.state_dict import TensorSlot, decoder_slots
-
-#: The mask token's embedding, which is no row of the target's table: safetensors, or as the release has it.
-MASK_FILES = ("mask_embedding.safetensors", "mask_embedding.pt")
 
 #: Ids that alone are guessed, if the file is there: int64 "ids".
 VOCABULARY_FILE = "draft_vocabulary.safetensors"
 
 
-@dataclass(frozen=True)
-class DrafterConfig:
-    """Architecture of a drafter."""
+class PromptMemory(NamedTuple):
+    """What a drafter keeps of P prompts with S slots each."""
 
-    decoder: DecoderConfig
-    #: Layers of the target whose outputs are the context.
-    target_layer_ids: tuple[int, ...]
-    #: Tokens of a block: a known one and the guesses.
-    block_size: int
-    #: States of the last accepted tokens that a proposal looks at.
-    context_length: int
-    mask_token_id: int
+    #: Rotated, [layers, P, S, kv_heads, head_dim].
+    keys: Tensor
+    values: Tensor
+    #: Added to attention scores, [P, S]: 0 where a slot is seen, else -inf.
+    bias: Tensor
+    #: Position of the first generated token, int64 [P].
+    base: Tensor
 
-    @property
-    def context_size(self) -> int:
-        """Width of one context state: the hidden states of all target layers side by side."""
-        return len(self.target_layer_ids) * self.decoder.hidden_size
-
-
-def parse_drafter_config(content: dict[str, Any], target: AlpamayoConfig, where: str) -> DrafterConfig:
-    """Read ``config.json`` of a drafter; its own keys stand at the top level or under ``dflash_config``.
-
-    Args:
-        content: The file.
-        target: Configuration of the model that it drafts for.
-        where: Name of the file for error messages.
-
-    Raises:
-        ConfigError: Lists every missing key, wrong type, unsupported feature and misfit with the target.
-    """
-    problems: list[str] = []
-    own = {**content, **(content.get("dflash_config") or {})}
-    rope = {**content, **(content.get("rope_parameters") or {})}
-
-    def number(source: dict[str, Any], key: str, default: int | None = None) -> int:
-        value = source.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"key {key!r} must be a positive int, found {value!r}")
-            return 1
-        return value
-
-    def real(source: dict[str, Any], key: str) -> float:
-        value = source.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            problems.append(f"key {key!r} must be a positive number, found {value!r}")
-            return 1.0
-        return float(value)
-
-    hidden, heads = number(content, "hidden_size"), number(content, "num_attention_heads")
-    head_dim = number(content, "head_dim", max(hidden // heads, 1))
-    decoder = DecoderConfig(
-        num_layers=number(content, "num_hidden_layers"),
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=number(content, "num_key_value_heads", heads),
-        head_dim=head_dim,
-        intermediate_size=number(content, "intermediate_size"),
-        rms_norm_eps=real(content, "rms_norm_eps"),
-        rope_theta=real(rope, "rope_theta"),
-        mrope_section=(head_dim // 2, 0, 0),  # one axis: plain rotary positions
-    )
-    layer_ids = own.get("target_layer_ids")
-    if not isinstance(layer_ids, list) or not layer_ids or any(type(i) is not int for i in layer_ids):
-        # Files without it exist; the layers that other code falls back to are not those it was trained with.
-        problems.append(f"key 'target_layer_ids' must be a list of int, found {layer_ids!r}")
-        layer_ids = [0]
-    elif outside := [i for i in layer_ids if not 0 <= i < target.text.num_layers]:
-        problems.append(f"target_layer_ids must be 0 to {target.text.num_layers - 1}, found {outside}")
-    config = DrafterConfig(
-        decoder=decoder,
-        target_layer_ids=tuple(layer_ids),
-        block_size=number(own, "block_size"),
-        context_length=number(own, "context_len", 1),
-        mask_token_id=number(own, "mask_token_id"),
-    )
-    if config.block_size < 2:
-        problems.append(f"block_size must be at least 2, found {config.block_size}")
-    if heads % decoder.num_kv_heads:
-        problems.append(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {decoder.num_kv_heads}")
-    if hidden != target.text.hidden_size:
-        problems.append(f"hidden_size must be the target's, {target.text.hidden_size}, found {hidden}")
-    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("is_causal", False)):
-        if own.get(key, supported) != supported:
-            problems.append(f"key {key!r} must be {supported!r}, found {own[key]!r}")
-    if odd := sorted(set(content.get("layer_types") or ()) - {"full_attention"}):
-        problems.append(f"layer_types must be 'full_attention', found {odd}")
-    if problems:
-        raise ConfigError(where, problems)
-    return config
+    def rows(self, index: Tensor) -> PromptMemory:
+        """Of these prompts, int64 [n]."""
+        return PromptMemory(self.keys[:, index], self.values[:, index], self.bias[index], self.base[index])
 
 
 class Drafter(nn.Module):
-    """A block-diffusion drafter. Build on the meta device, then load its weights."""
+    """A block-diffusion drafter of either variant. Build on the meta device, then load its weights."""
 
     mask_embedding: Tensor
 
@@ -136,6 +60,7 @@ class Drafter(nn.Module):
         hidden, eps = config.decoder.hidden_size, config.decoder.rms_norm_eps
         self.config = config
         self.fc = nn.Linear(config.context_size, hidden, bias=False)
+        self.image_fc = nn.Linear(hidden, hidden, bias=False) if "images" in config.parts else None
         self.hidden_norm = RMSNorm(hidden, eps)
         self.layers = nn.ModuleList(DecoderLayer(config.decoder) for _ in range(config.decoder.num_layers))
         self.norm = RMSNorm(hidden, eps)
@@ -164,12 +89,41 @@ class Drafter(nn.Module):
         held = head.rows(ids) if isinstance(head, Int8Linear) else language.lm_head.weight[ids]
         self._reduced = ids, held.to(table.dtype).contiguous()
 
-    def forward(self, token: Tensor, context: Tensor) -> Tensor:
+    def read(self, view: PromptView) -> PromptMemory:
+        """What is kept of P prompts: keys and values of their slots."""
+        states = self.fc(view.states)
+        if self.image_fc is not None:
+            states = torch.cat((self.image_fc(view.cells), states), dim=1)
+        states = self.hidden_norm(states)
+        prompts, slots = view.kinds.shape
+        cos, sin = mrope_cos_sin(view.positions.transpose(0, 1).flatten(1), self.config.decoder, states.dtype)
+        rotation = cos.unflatten(0, (prompts, slots)), sin.unflatten(0, (prompts, slots))
+        read = [self._keys_values(cast(DecoderLayer, layer), states) for layer in self.layers]
+        bias = torch.zeros(view.kinds.shape, dtype=states.dtype, device=states.device)
+        return PromptMemory(
+            torch.stack([_turn(k, *rotation) for k, _ in read]),
+            torch.stack([v for _, v in read]),
+            bias.masked_fill_(view.kinds < 0, -torch.inf),
+            view.base,
+        )
+
+    def forward(
+        self,
+        token: Tensor,
+        context: Tensor,
+        prompt: PromptMemory | None = None,
+        place: Tensor | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
         """Hidden states of the guesses for several texts at once.
 
         Args:
             token: Embedding of each text's known token, [texts, hidden].
             context: States of each text's last accepted tokens, oldest first, [texts, context_length, context_size].
+            prompt: Of `read`, for each text or one for all; a routine drafter with parts needs it.
+            place: Tokens in front of the known one in its text, int64 [texts]; rotary positions that are not local
+                need it.
+            weights: Filled with each layer's attention, float32 [texts, heads, block, slots + context + block].
 
         Returns:
             [texts, block_size - 1, hidden], for the target's output head.
@@ -178,51 +132,128 @@ class Drafter(nn.Module):
         x = torch.cat((token[:, None], self.mask_embedding.expand(texts, config.block_size - 1, -1)), dim=1)
         states = self.hidden_norm(self.fc(context))
         first = context.shape[1]
-        positions = torch.arange(first + config.block_size, device=x.device).expand(3, -1)
-        cos, sin = mrope_cos_sin(positions, config.decoder, x.dtype)
-        for module in self.layers:
+        cos, sin = self._rotation(first, prompt, place, x)
+        for i, module in enumerate(self.layers):
             layer = cast(DecoderLayer, module)
             q, k, v = layer.project(x)
-            kv = linear(states, layer.qkv.weight[layer.q_size :]).unflatten(-1, (-1, layer.head_dim))
-            context_k, context_v = kv.chunk(2, dim=2)
-            k = rotate(torch.cat((layer.k_norm(context_k), k), dim=1), cos, sin)
-            v = torch.cat((context_v, v), dim=1)
-            q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos[first:], sin[first:]), k, v))
-            attended = scaled_dot_product_attention(q, k, v, enable_gqa=layer.group_size > 1)
+            context_k, context_v = self._keys_values(layer, states)
+            k, v = _turn(torch.cat((context_k, k), dim=1), cos, sin), torch.cat((context_v, v), dim=1)
+            bias: Tensor | None = None
+            if prompt is not None:
+                k, v = (
+                    torch.cat((kept[i].expand(texts, -1, -1, -1), own), dim=1)
+                    for kept, own in ((prompt.keys, k), (prompt.values, v))
+                )
+                bias = pad(prompt.bias, (0, first + config.block_size))[:, None, None]
+            q = _turn(q, cos[..., first:, :], sin[..., first:, :])
+            if weights is not None:
+                weights.append(_attention_weights(q, k, bias))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            attended = scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=layer.group_size > 1)
             x = layer.finish(x, attended.transpose(1, 2).flatten(2))
         return self.norm(x[:, 1:])
 
-    def propose(self, language: LanguageModel, token: Tensor, context: Tensor, forbidden: Tensor | None) -> Tensor:
+    def _keys_values(self, layer: DecoderLayer, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Of context states [texts, T, hidden], before rotation: [texts, T, kv_heads, head_dim] each."""
+        kv = linear(states, layer.qkv.weight[layer.q_size :]).unflatten(-1, (-1, layer.head_dim))
+        k, v = kv.chunk(2, dim=2)
+        return layer.k_norm(k), v
+
+    def _rotation(
+        self, first: int, prompt: PromptMemory | None, place: Tensor | None, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of context states and block: [T, head_dim] each for all texts, or [texts, T, head_dim]."""
+        config = self.config
+        steps = torch.arange(first + config.block_size, device=x.device)
+        if config.rotary == "local":
+            return mrope_cos_sin(steps.expand(3, -1), config.decoder, x.dtype)
+        if place is None or prompt is None:
+            raise InputError(f"rotary positions {config.rotary!r}: a prompt and places in the texts are required")
+        positions = (prompt.base + place - first)[:, None] + steps
+        cos, sin = mrope_cos_sin(positions.flatten().expand(3, -1), config.decoder, x.dtype)
+        return cos.unflatten(0, positions.shape), sin.unflatten(0, positions.shape)
+
+    def propose(
+        self,
+        language: LanguageModel,
+        token: Tensor,
+        context: Tensor,
+        forbidden: Tensor | None,
+        prompt: PromptMemory | None = None,
+        place: Tensor | None = None,
+    ) -> Tensor:
         """The likeliest guesses.
 
         Args:
             language: The target, for its embedding table and output head.
             token: The known token of each text, int64 [texts].
-            context: See `forward`.
+            context: See `forward`, as `prompt` and `place`.
             forbidden: Added to the logits, [vocabulary], -inf for tokens that are never generated.
 
         Returns:
             int64 [texts, block_size - 1].
         """
-        hidden = self(embedding(token, language.embed_tokens.weight), context)
+        return self._named(self._logits(language, token, context, forbidden, prompt, place).argmax(dim=-1))
+
+    def propose_surely(
+        self,
+        language: LanguageModel,
+        token: Tensor,
+        context: Tensor,
+        forbidden: Tensor | None,
+        prompt: PromptMemory | None = None,
+        place: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`propose`, and the probability that the drafter gives each guess, float32 [texts, block_size - 1]."""
+        logits = self._logits(language, token, context, forbidden, prompt, place)
+        best, index = logits.float().max(dim=-1)
+        return self._named(index), (best - logits.float().logsumexp(dim=-1)).exp()
+
+    def _logits(
+        self,
+        language: LanguageModel,
+        token: Tensor,
+        context: Tensor,
+        forbidden: Tensor | None,
+        prompt: PromptMemory | None,
+        place: Tensor | None,
+    ) -> Tensor:
+        """[texts, block_size - 1, vocabulary or what of it is guessed]."""
+        hidden = self(embedding(token, language.embed_tokens.weight), context, prompt, place)
         flat = hidden.flatten(0, 1)
         if self._reduced is None:
-            guesses = _likeliest(next_logits(language, flat), forbidden)
+            logits = next_logits(language, flat)
         else:
             ids, rows = self._reduced
-            guesses = ids[_likeliest(skinny_linear(flat, rows), None if forbidden is None else forbidden[ids])]
-        return guesses.unflatten(0, hidden.shape[:2])
+            logits, forbidden = skinny_linear(flat, rows), None if forbidden is None else forbidden[ids]
+        return (logits if forbidden is None else logits + forbidden).unflatten(0, hidden.shape[:2])
+
+    def _named(self, index: Tensor) -> Tensor:
+        """Token ids of places among what is guessed."""
+        return index if self._reduced is None else self._reduced[0][index]
 
 
-def _likeliest(logits: Tensor, forbidden: Tensor | None) -> Tensor:
-    return (logits if forbidden is None else logits + forbidden).argmax(dim=-1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [texts, T, heads, head_dim], by the same angles for all texts [T, head_dim] or each by its own."""
+    if cos.ndim == 2:
+        return rotate(x, cos, sin)
+    return rotate(x.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1)).view_as(x)
+
+
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax of the scores: q [texts, block, heads, head_dim], k [texts, T, kv_heads, head_dim]."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("nqhd,nkhd->nhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return (scores if bias is None else scores + bias.float()).softmax(dim=-1).detach()
 
 
 def drafter_slots(config: DrafterConfig) -> list[TensorSlot]:
     """Every tensor of a drafter's files and its place in `Drafter`."""
     hidden = config.decoder.hidden_size
+    images = [TensorSlot("image_fc.weight", (hidden, hidden), "image_fc.weight")] if "images" in config.parts else []
     return [
         TensorSlot("fc.weight", (hidden, config.context_size), "fc.weight"),
+        *images,
         TensorSlot("hidden_norm.weight", (hidden,), "hidden_norm.weight"),
         *decoder_slots("", config.decoder, ""),
     ]
@@ -261,44 +292,3 @@ def read_draft_vocabulary(directory: Path) -> Tensor | None:
     if set(content) != {"ids"} or content["ids"].dtype != torch.int64:
         raise CheckpointError(str(path), [f"int64 'ids' alone are required, found {sorted(content)}"])
     return content["ids"]
-
-
-def read_mask_embedding(directory: Path, size: int) -> Tensor:
-    """The mask token's embedding, [size], from the first of `MASK_FILES` that exists.
-
-    A ``.pt`` file goes through PyTorch's weights-only loader, which runs no code of the file.
-
-    Raises:
-        CheckpointError: No file, or not one finite vector of this size in it.
-    """
-    path = next((directory / name for name in MASK_FILES if (directory / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(str(directory), [f"one of {', '.join(MASK_FILES)} is required, found neither"])
-    try:
-        if path.suffix == ".pt":
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            content = load_file(path)
-    except Exception as error:  # unpicklers and parsers fail in many ways on files that are not theirs
-        raise CheckpointError(str(path), [f"cannot be read as tensors alone: {error}"]) from error
-    if isinstance(content, dict) and len(content) == 1:
-        content = next(iter(content.values()))
-    if not isinstance(content, Tensor) or not content.is_floating_point() or content.numel() != size:
-        found = list(content.shape) if isinstance(content, Tensor) else type(content).__name__
-        raise CheckpointError(str(path), [f"one vector of {size} real numbers is required, found {found}"])
-    if not bool(content.isfinite().all()):
-        raise CheckpointError(str(path), ["finite numbers are required, found NaN or infinity"])
-    return content.flatten()
-
-
-def convert_mask_embedding(directory: Path, size: int) -> Path:
-    """Write ``mask_embedding.safetensors`` beside ``mask_embedding.pt``, which is not needed any more then.
-
-    Raises:
-        CheckpointError: See `read_mask_embedding`.
-        FileExistsError: The file is there already.
-    """
-    mask, path = read_mask_embedding(directory, size), directory / MASK_FILES[0]
-    dtype = mask.dtype if mask.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    write_file(path, [TensorSpec("mask_embedding", (size,), dtype, lambda: mask)])
-    return path

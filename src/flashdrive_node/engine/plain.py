@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ from flashdrive_node.engine.protocol import (
     Observation,
     Prediction,
     Progress,
+    ReasoningToken,
     TrajectorySample,
 )
 from flashdrive_node.engine.settings import PlainSettings
@@ -38,7 +40,7 @@ from flashdrive_node.model.precision import StagePrecision
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, question_prompt, without_navigation
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.model.source import resolve_source
-from flashdrive_node.model.tokenizer import extract_text
+from flashdrive_node.model.tokenizer import AlpamayoTokenizer, extract_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Reasoning:
     text: Generated
     #: Figures for the prediction.
     metrics: dict[str, float] = field(default_factory=dict)
+    #: Which tokens of each row a drafter guessed right; empty without a drafter.
+    routine: tuple[tuple[bool, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,9 +223,10 @@ class PlainEngine:
         timer.lap("decode")
         departure = Departure(noise, v0, float(history_xyz[-1, 2]))
         numbers, error = self._act(prompt, context, thought, departure, timer)
+        labels = thought.routine or ((),) * len(numbers)
         samples = tuple(
-            _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped)
-            for row, ids, stopped in zip(numbers, text.rows(), text.stopped, strict=True)
+            _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped, _labelled(tokenizer, ids, routine))
+            for row, ids, stopped, routine in zip(numbers, text.rows(), text.stopped, labels, strict=True)
         )
         metrics = {"tokens": float(max(text.lengths)), "prompt_tokens": float(context.prefix), **thought.metrics}
         if error is not None:
@@ -343,9 +348,20 @@ def _layout(observation: Observation) -> tuple[list[int], int]:
     return [camera.camera_index for camera in observation.cameras], len(observation.cameras[0].images)
 
 
-def _sample(numbers: np.ndarray, reasoning: str, complete: bool) -> TrajectorySample:
+def _sample(
+    numbers: np.ndarray, reasoning: str, complete: bool, tokens: tuple[ReasoningToken, ...]
+) -> TrajectorySample:
     xyz, yaw, speed, acceleration, curvature = np.split(numbers, (3, 4, 5, 6), axis=-1)
-    return TrajectorySample(xyz, yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0], reasoning, complete)
+    columns = (yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0])
+    return TrajectorySample(xyz, *columns, reasoning, complete, tokens)
+
+
+def _labelled(
+    tokenizer: AlpamayoTokenizer, ids: Sequence[int], routine: tuple[bool, ...]
+) -> tuple[ReasoningToken, ...]:
+    if not routine:
+        return ()
+    return tuple(ReasoningToken(tokenizer.decode([i]), guessed) for i, guessed in zip(ids, routine, strict=True))
 
 
 def medoid(points: Tensor) -> Tensor:

@@ -54,6 +54,15 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class ReasoningToken:
+    """One generated token of a reasoning."""
+
+    text: str
+    #: Whether it was guessed by the drafter and confirmed; the others the model had to find itself.
+    routine: bool
+
+
+@dataclass(frozen=True)
 class TrajectorySample:
     """One sampled future. Arrays have one row per waypoint at t0 + 0.1 s, ..., t0 + 6.4 s."""
 
@@ -71,6 +80,8 @@ class TrajectorySample:
     reasoning: str
     #: False where the text was cut by the length limit or has no end.
     reasoning_complete: bool
+    #: The generated tokens with those that end the text, where a drafter guesses; else empty.
+    tokens: tuple[ReasoningToken, ...] = ()
 
 
 @dataclass(frozen=True)

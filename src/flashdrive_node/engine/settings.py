@@ -83,8 +83,11 @@ class StreamingSettings(PlainSettings):
     stream: StreamSettings = field(default_factory=StreamSettings)
     #: Which flow steps are evaluated; None evaluates all `flow_steps`.
     schedule: FlowSchedule | None = None
-    #: Directory of a DFlash drafter; None decodes one token at a time.
+    #: Directory of a drafter of either variant; None decodes one token at a time.
     drafter: Path | None = None
+    #: Guesses are checked in blocks as long as the drafter is sure of, with this probability at least; 0 checks whole
+    #: blocks always.
+    draft_confidence: float = 0.0
     #: One text for all samples, which then differ by their starting noise alone; else each has its own.
     shared_text: bool = False
     #: On a GPU, run every stage as a captured graph.
@@ -94,3 +97,5 @@ class StreamingSettings(PlainSettings):
         super().__post_init__()
         if self.schedule is not None and self.flow_steps is not None:
             raise InputError("flow_steps and schedule exclude each other, found both")
+        if not 0 <= self.draft_confidence < 1:
+            raise InputError(f"draft_confidence must be 0 (off) to less than 1, found {self.draft_confidence}")

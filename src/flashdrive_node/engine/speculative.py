@@ -7,13 +7,13 @@ drafter guesses; a bad drafter costs time only. Where a text ends, the cache hol
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from flashdrive_node.engine.draft_rule import DraftRule, Script
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.sampling import draw
@@ -27,36 +27,8 @@ from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.rope import mrope_cos_sin
 from flashdrive_node.model.sampling import SamplingSettings
 
-#: Guesses from the known token of each text, int64 [rows], and the context states [rows, context_length, context_size]:
-#: int64 [rows, block - 1].
-Propose = Callable[[Tensor, Tensor], Tensor]
-
-
 #: Repeated texts are padded to multiples of so many tokens.
 REPEATED = 16
-
-
-@dataclass(frozen=True)
-class DraftRule:
-    """What a drafter is and how far it looks."""
-
-    propose: Propose
-    layer_ids: tuple[int, ...]
-    #: Tokens per pass of the model: the known one and the guesses.
-    block_size: int
-    context_length: int
-    #: After `closing` the text goes on with `stop` in a trained model: guessing so often saves the last pass.
-    closing: int | None = None
-
-
-@dataclass(frozen=True)
-class Script:
-    """Texts to take in place of what the model says, for benchmarks: every pass is computed, then overruled."""
-
-    #: int64 [rows, steps], on the model's device.
-    tokens: Tensor
-    #: Tokens that every block gains, 1 to the block size.
-    gain: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +42,8 @@ class Speculated:
     rounds: int
     #: Blocks of single rows that were looked at; a row that has ended is carried along unlooked.
     blocks: int
+    #: Of each text, which tokens the drafter guessed right; the others are the model's own.
+    routine: tuple[tuple[bool, ...], ...]
 
     @property
     def accept_length(self) -> float:
@@ -134,6 +108,9 @@ class TextDecoder:
         # What a round gives the host: the known token, the model's own ones, and how many guesses were right.
         self._drawn = numbers(rows, self.size + 2)
         self._read_back = ReadBack(self._drawn)
+        # The known token and the guesses behind it, and how many of these the drafter is sure of.
+        self._block, self._sure = numbers(rows, self.size), numbers(rows)
+        self._sure_back = ReadBack(self._sure)
         # Of the last pass: a token per text and its place in the text.
         self._tail = numbers(2, rows)
         self._repeated = numbers(rows, self.stretch)
@@ -166,22 +143,41 @@ class TextDecoder:
         self._draw_noise(self.rows, generator)
         self.graphs.run((self, "first token"), lambda: self._first(logits, states))
         texts: list[list[int]] = [[] for _ in range(self.rows)]
+        # Per token whether it was guessed right; the first one comes with the prompt.
+        routine: list[list[bool]] = [[False] for _ in range(self.rows)]
         running = list(range(self.rows))
         rounds = blocks = 0
         while running:
-            self._draw_noise(self.rows * self.size, generator)
-            self.graphs.run((self, "round"), self._round)
-            self._read_back.start(self._drawn)
+            size = self._draft_and_check(running, generator)
             drawn = self._read_back.wait().tolist()
             if not rounds:
                 texts = [[row[0]] for row in drawn]
                 running = self._running(texts)
             for row in running:
-                texts[row] += drawn[row][1 : drawn[row][-1] + 2]
+                accepted = drawn[row][size + 1]
+                texts[row] += drawn[row][1 : accepted + 2]
+                routine[row] += [True] * accepted + [False]
             rounds += 1
             blocks += len(running)
             running = self._running(texts)
-        return self._finish(texts, rounds, blocks)
+        return self._finish(texts, routine, rounds, blocks)
+
+    def _draft_and_check(self, running: list[int], generator: torch.Generator | None) -> int:
+        """One round, whose result is on its way to the host; the size of its block."""
+        skip = None if self.draft is None else self.draft.skip
+        if skip is None:
+            self._draw_noise(self.rows * self.size, generator)
+            self.graphs.run((self, "round"), self._round)
+            size = self.size
+        else:
+            self.graphs.run((self, "draft"), self._guess)
+            self._sure_back.start(self._sure)
+            surest = max(self._sure_back.wait()[running].tolist())
+            size = next(size for size in skip.sizes if size > surest or size == self.size)
+            self._draw_noise(self.rows * size, generator)
+            self.graphs.run((self, "check", size), lambda: self._check(size))
+        self._read_back.start(self._drawn)
+        return size
 
     def stretches(self, context: Context) -> tuple[tuple[int, ...], int]:
         """First slot of each text behind a prompt, and the first slot behind all texts."""
@@ -230,19 +226,41 @@ class TextDecoder:
         if self._states is not None:
             assert states is not None
             self._states.copy_(states)
+        if self.draft is not None and self.draft.begin is not None:
+            self.draft.begin()
 
     def _round(self) -> None:
         """Guess a block of each text, let the model check it, and keep what is right and one token more."""
-        known, rule, draft = self._known.clone(), self.rule, self.draft
-        block = known[:, None]
-        if draft is not None:
-            assert self._states is not None
-            block = self._scripted_guesses(torch.cat((block, draft.propose(known, self._states)), dim=1))
-            if draft.closing is not None and rule.stop is not None:
-                block[:, 1:] = torch.where(block[:, :-1] == draft.closing, rule.stop, block[:, 1:])
+        self._guess()
+        self._check(self.size)
+
+    def _guess(self) -> None:
+        """Fill the blocks: the known tokens and what may follow."""
+        known, rule, draft = self._known, self.rule, self.draft
+        if draft is None:
+            self._block.copy_(known[:, None])
+            return
+        assert self._states is not None
+        chances: Tensor | None = None
+        if draft.skip is None:
+            guesses = draft.propose(known, self._states, self._used)
+        else:
+            guesses, chances = draft.skip.propose(known, self._states, self._used)
+        block = self._scripted_guesses(torch.cat((known[:, None], guesses), dim=1))
+        if draft.closing is not None and rule.stop is not None:
+            closed = block[:, :-1] == draft.closing
+            block[:, 1:] = torch.where(closed, rule.stop, block[:, 1:])
+            chances = None if chances is None else chances.masked_fill(closed, 1.0)
+        self._block.copy_(block)
+        if draft.skip is not None and chances is not None:
+            self._sure.copy_((chances.cumprod(dim=1) >= draft.skip.confidence).sum(dim=1))
+
+    def _check(self, size: int) -> None:
+        """Let the model check the first `size` tokens of the blocks."""
+        draft, block = self.draft, self._block[:, :size]
         hidden, new = self._run(block, self._used, () if draft is None else draft.layer_ids)
         # The model's own token behind each token of a block, given that the block is right so far.
-        own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, self.size)
+        own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, size)
         own = self._scripted(own, 1)
         accepted = (own[:, :-1] == block[:, 1:]).cumprod(dim=1).sum(dim=1)
         if self._states is not None:
@@ -251,7 +269,7 @@ class TextDecoder:
         self._known.copy_(own.gather(1, accepted[:, None])[:, 0])
         # Guesses behind are overwritten by the next block. A text that has ended stays within its stretch.
         self._used.copy_((self._used + accepted + 1).clamp(max=self.settings.max_length - 1))
-        self._drawn.copy_(torch.cat((known[:, None], own, accepted[:, None]), dim=1))
+        self._drawn[:, : size + 2] = torch.cat((block[:, :1], own, accepted[:, None]), dim=1)
 
     def _scripted(self, tokens: Tensor, ahead: int) -> Tensor:
         """What the script has in the place of a block of tokens that starts so many places ahead of the cache's end."""
@@ -307,7 +325,7 @@ class TextDecoder:
         """Put one more token of each text into the cache."""
         self._run(self._tail[0][:, None], self._tail[1], ())
 
-    def _finish(self, texts: list[list[int]], rounds: int, blocks: int) -> Speculated:
+    def _finish(self, texts: list[list[int]], routine: list[list[bool]], rounds: int, blocks: int) -> Speculated:
         """Cut texts at their ends and complete their slots."""
         max_length, rule = self.settings.max_length, self.rule
         # All but the model's own last token; a first one, of which the host learnt late, has been through a round.
@@ -327,7 +345,8 @@ class TextDecoder:
         longest = max(len(t) for t in texts)
         padded = torch.tensor([t + [rule.pad] * (longest - len(t)) for t in texts])
         text = Generated(padded, tuple(len(t) for t in texts), tuple(stopped))
-        return Speculated(text, tuple(slots), rounds, blocks)
+        labels = tuple(tuple(row[: len(t)]) for row, t in zip(routine, texts, strict=True))
+        return Speculated(text, tuple(slots), rounds, blocks, labels)
 
 
 def forbidden_bias(model: Alpamayo, rule: StopRule) -> Tensor | None:

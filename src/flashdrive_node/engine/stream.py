@@ -96,7 +96,7 @@ class Stream:
         # Where a prefill finds its input and leaves its output: ids [slots], logits [1, vocabulary].
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
-        #: Of `tapped`, for the last window: [tokens, layers * hidden].
+        #: Of `tapped`, for the last window, aligned at the prompt's end: [tokens, layers * hidden].
         self.states: Tensor | None = None
         # By structure: a plan whose tensors stay in place, and the plan that they were last filled from.
         self._placed: OrderedDict[Hashable, tuple[WindowPlan, WindowPlan]] = OrderedDict()
@@ -143,6 +143,11 @@ class Stream:
         refreshed = self.settings.refreshed(self.windows, len(stamps))
         span = (min((done, *refreshed)), None)
         return plan_window(prompt, sources, self.settings.mode, refreshed, self.model.device, span)
+
+    def embeddings(self, tokens: int) -> Tensor:
+        """Embeddings of the last window's first image tokens, [tokens, hidden], in the same tensor as ever."""
+        assert self._features is not None
+        return self._features[0, :tokens]
 
     @property
     def next_camera(self) -> int | None:
@@ -273,7 +278,8 @@ class Stream:
         if rows.last:
             self._logits.copy_(next_logits(self.model.language, last))
             if self.states is not None:
-                self.states.copy_(taps.states())
+                states = taps.states()
+                self.states[-len(states) :].copy_(states)
 
     def _room_for(self, plan: WindowPlan) -> KVCache:
         prompt, tokens = plan.prompt, len(plan.image_index)
@@ -310,7 +316,8 @@ class Stream:
         self._logits = torch.empty(1, self.model.config.tokens.vocab_size, device=device, dtype=dtype)
         if self.tapped.layer_ids:
             width = len(self.tapped.layer_ids) * c.hidden_size
-            self.states = torch.empty(self.tapped.last, width, device=device, dtype=dtype)
+            # Finite where a prompt is shorter.
+            self.states = torch.zeros(self.tapped.last, width, device=device, dtype=dtype)
 
     def _age(self, plan: WindowPlan) -> None:
         """Put what is kept of frames that became older into its new place."""

@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
-from flashdrive_node.engine.drafter import Drafter, load_drafter, read_draft_vocabulary
+from flashdrive_node.engine.draft_rule import DraftRule, Script, SkipRule, block_sizes
+from flashdrive_node.engine.drafter import Drafter, PromptMemory, load_drafter, read_draft_vocabulary
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.guidance import UnguidedContext
 from flashdrive_node.engine.image_encoder import ImageEncoder
+from flashdrive_node.engine.novelty import Novelty
 from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
+from flashdrive_node.engine.prompt_reader import PromptReader
+from flashdrive_node.engine.prompt_slots import prompt_room, tapped_tokens
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.speculative import DraftRule, Script, Speculated, TextDecoder
+from flashdrive_node.engine.speculative import Speculated, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
 from flashdrive_node.engine.taps import Tapped
@@ -45,6 +49,8 @@ class Stages:
 
     cache: KVCache
     script: Tensor | None
+    #: What a routine drafter looks at of the prompt.
+    memory: PromptMemory | None
     decoder: TextDecoder
     waypoints: WaypointContext
     flow: FlowPass
@@ -77,6 +83,8 @@ class StreamingEngine(PlainEngine):
         self.graphs: Graphs | None = None
         self.stream: Stream | None = None
         self.encoder: ImageEncoder | None = None
+        self.reader: PromptReader | None = None
+        self.novelty = Novelty()
         self._stages: Stages | None = None
         self._said: Speculated | None = None
         self._figures: dict[str, float] = {}
@@ -166,6 +174,7 @@ class StreamingEngine(PlainEngine):
 
     def _forget(self) -> None:
         self._waiting.clear()
+        self.novelty.reset()
         if self.stream is not None:
             self.stream.reset()
 
@@ -173,7 +182,7 @@ class StreamingEngine(PlainEngine):
         """Free the weights and the stream."""
         if self.graphs is not None:
             self.graphs.clear()
-        self.graphs = self.stream = self.encoder = self.drafter = self._stages = None
+        self.graphs = self.stream = self.encoder = self.drafter = self.reader = self._stages = None
         plan_window.cache_clear()  # plans hold index tensors on the device
         super().close()
 
@@ -182,13 +191,16 @@ class StreamingEngine(PlainEngine):
         if self.stream is None or self.encoder is None:
             s, model, tapped, block = self.settings, self._model(), None, 1
             if self.drafter is not None:
-                config = self.drafter.config
-                block, tapped = config.block_size, Tapped(config.target_layer_ids, config.context_length)
+                assert self.loaded is not None
+                config, reach = self.drafter.config, prompt_room(self.loaded.tokenizer, model.config)
+                block, tapped = config.block_size, Tapped(config.target_layer_ids, tapped_tokens(config, reach))
             room = speculative.slots_needed(self._rows, s.sampling, block)
             room += s.samples * model.config.action_space.n_waypoints
             self.graphs = Graphs(model.device, s.graphs)
             self.stream = Stream(model, s.stream, room, self.graphs, tapped)
             self.encoder = ImageEncoder(model, self.graphs)
+            if self.drafter is not None and self.drafter.config.variant == "routine":
+                self.reader = PromptReader(self.drafter, self.stream, reach)
         return self.stream, self.encoder
 
     @property
@@ -197,9 +209,10 @@ class StreamingEngine(PlainEngine):
         return 1 if self.settings.shared_text else self.settings.samples
 
     def _stages_on(self, cache: KVCache) -> Stages:
-        """The stages behind the prefill; made anew where the stream has another cache, or the script has changed."""
+        """The stages behind the prefill; made anew where what they work on is another."""
         stages, script = self._stages, self.script
-        if stages is not None and stages.cache is cache and stages.script is script:
+        memory = None if self.reader is None else self.reader.memory
+        if stages is not None and stages.cache is cache and stages.script is script and stages.memory is memory:
             return stages
         s, model, graphs = self.settings, self._model(), self.graphs
         draft = None if self.drafter is None else self._draft_rule(self.drafter)
@@ -216,7 +229,7 @@ class StreamingEngine(PlainEngine):
         schedule = s.schedule or FlowSchedule.uniform(s.flow_steps or model.config.flow.num_inference_steps)
         flow = FlowPass(model, s.samples, schedule.table(model.device), graphs)
         unguided = None if s.guidance_weight == 1 else UnguidedContext(model, decoder, s.samples)
-        self._stages = Stages(cache, script, decoder, WaypointContext(model, cache, s.samples), flow, unguided)
+        self._stages = Stages(cache, script, memory, decoder, WaypointContext(model, cache, s.samples), flow, unguided)
         return self._stages
 
     def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:
@@ -233,6 +246,8 @@ class StreamingEngine(PlainEngine):
         )
         stamps = [camera.stamps_ns for camera in cameras]
         plan = stream.plan(prompt, stamps)
+        if self.reader is not None:
+            self.reader.place(prompt)
         stream.age(plan)  # while the host copies pictures
         features = self._features_of(plan.encode, prompt, cameras, timer)
         self._waiting.clear()
@@ -290,13 +305,20 @@ class StreamingEngine(PlainEngine):
     def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
         s, stream = self.settings, self.stream
         assert stream is not None
-        self._said = said = self._stages_on(context.cache).decoder.decode(context, logits, stream.states, generator)
-        metrics, text = self._figures, said.text
-        if self.drafter is not None:
+        states = stream.states
+        if states is not None and self.drafter is not None:
+            states = states[-self.drafter.config.context_length :]
+        self._said = said = self._stages_on(context.cache).decoder.decode(context, logits, states, generator)
+        metrics, text, routine = self._figures, said.text, said.routine
+        if self.drafter is None:
+            routine = ()
+        else:
             metrics |= {"accept_length": said.accept_length, "draft_rounds": float(said.rounds)}
+            metrics |= self.novelty.see(routine)
         if s.shared_text:
             text = Generated(text.tokens.expand(s.samples, -1), text.lengths * s.samples, text.stopped * s.samples)
-        return Reasoning(text, metrics)
+            routine = routine * s.samples
+        return Reasoning(text, metrics, routine)
 
     def _act(
         self, prompt: Prompt, context: Context, thought: Reasoning, departure: Departure, timer: StageTimer
@@ -323,10 +345,21 @@ class StreamingEngine(PlainEngine):
         assert self.loaded is not None
         language = self.loaded.model.language
         forbidden = speculative.forbidden_bias(self.loaded.model, self._stop_rule())
+        reader, confidence = self.reader, self.settings.draft_confidence
+        memory = None if reader is None else reader.memory
+        skip: SkipRule | None = None
+        if confidence:
+            skip = SkipRule(
+                lambda known, states, place: drafter.propose_surely(language, known, states, forbidden, memory, place),
+                block_sizes(drafter.config.block_size),
+                confidence,
+            )
         return DraftRule(
-            propose=lambda known, states: drafter.propose(language, known, states, forbidden),
+            propose=lambda known, states, place: drafter.propose(language, known, states, forbidden, memory, place),
             layer_ids=drafter.config.target_layer_ids,
             block_size=drafter.config.block_size,
             context_length=drafter.config.context_length,
             closing=self.loaded.tokenizer.id("cot_end"),
+            begin=None if reader is None else reader.read,
+            skip=skip,
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from flashdrive_node.engine.drafter import Drafter, DrafterConfig
+from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint import CheckpointInfo
 from flashdrive_node.model.checkpoint_writer import random_checkpoint, random_weights

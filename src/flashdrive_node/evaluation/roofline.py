@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashdrive_node.engine.drafter import DrafterConfig
+from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig, VisionConfig
 
 

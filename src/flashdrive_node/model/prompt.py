@@ -121,6 +121,11 @@ def driving_prompt(
     return _driving_prompt(tokenizer, config, cameras, frames_per_camera, pairs, nav_text)
 
 
+def request_ids(tokenizer: AlpamayoTokenizer) -> list[int]:
+    """How every driving prompt ends: the instruction, and the beginning of the answer."""
+    return tokenizer.encode(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n<|cot_start|>")
+
+
 def question_prompt(
     tokenizer: AlpamayoTokenizer,
     config: AlpamayoConfig,
@@ -241,7 +246,7 @@ def _driving_prompt(
     ids.append(tokenizer.id("traj_history_end"))
     nav = (len(ids), len(ids) + len(route)) if route else None
     ids += route
-    ids += tokenizer.encode(f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n<|cot_start|>")
+    ids += request_ids(tokenizer)
     return _assemble(ids, images, history, nav, cameras, frames, grids)
 
 

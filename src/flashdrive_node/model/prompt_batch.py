@@ -51,6 +51,8 @@ class PromptLayout:
         prompt = driving_prompt(tokenizer, config, camera_indices, frames_per_camera, grids)
         assert prompt.history_span is not None
         self.tokenizer = tokenizer
+        #: Without navigation text and history.
+        self.prompt = prompt
         self.supports_navigation = config.supports_navigation
         self.device = torch.device(device)
         #: That of every row, without history and navigation text.

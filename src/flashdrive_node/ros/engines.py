@@ -88,6 +88,7 @@ def _streaming(parameters: Parameters, rig: Rig) -> Engine:
             schedule=schedule,
             flow_steps=parameters.flow_steps if schedule is None else None,
             drafter=Path(parameters.drafter) if parameters.drafter else None,
+            draft_confidence=parameters.draft_confidence,
             shared_text=parameters.shared_text,
             **_common(parameters, rig),
         )

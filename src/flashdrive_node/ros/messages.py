@@ -201,8 +201,9 @@ def record_json(
     sample as lists of 64 (``xyz_m`` [64][3], ``yaw_rad``, ``speed_m_s``, ``acceleration_m_s2``, ``curvature_1_m``) in
     the vehicle frame at t0 whatever ``frame_id`` is; ``pose_at_t0``: ``frame_id``, ``position_m`` and
     ``orientation_xyzw`` of the vehicle by the odometry; ``initial_speed_m_s``; ``reasoning`` and
-    ``reasoning_complete`` of the chosen sample; ``timings_ms`` by stage; ``metrics`` of the engine; ``engine``: the
-    fields of EngineInfo (``name``, ``checkpoint``, ``sha256``, ...), or null.
+    ``reasoning_complete`` of the chosen sample; ``reasoning_tokens``: its tokens as pairs of text and whether the
+    drafter guessed it (routine) or the model had to find it (deliberative), empty without a drafter;
+    ``timings_ms`` by stage; ``metrics`` of the engine; ``engine``: the fields of EngineInfo (``name``, ``checkpoint``, ``sha256``, ...), or null.
     """
     chosen = prediction.trajectory
     document = {
@@ -243,6 +244,7 @@ def record_json(
         "initial_speed_m_s": round(prediction.initial_speed, 4),
         "reasoning": chosen.reasoning,
         "reasoning_complete": chosen.reasoning_complete,
+        "reasoning_tokens": [[token.text, token.routine] for token in chosen.tokens],
         "timings_ms": {stage: round(value, 3) for stage, value in timings_ms.items()},
         "metrics": prediction.metrics,
         "engine": asdict(engine) if engine is not None else None,

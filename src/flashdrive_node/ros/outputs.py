@@ -96,7 +96,7 @@ class Outputs:
             text = record_json(delivery, prediction, frame.frame_id, engine, now_ns, timings_ms)
             self._record.publish(String(data=text))
         if _heard(self._timing):
-            self._timing.publish(timing_message(header, timings_ms))
+            self._timing.publish(timing_message(header, timings_ms, prediction.metrics))
         if _heard(self._samples):
             self._samples.publish(samples_message(header, prediction, frame))
         if parameters.publish_markers and _heard(self._markers):
@@ -132,13 +132,25 @@ def stage_times_ms(delivery: Delivery, prediction: Prediction) -> dict[str, floa
     }
 
 
-def timing_message(header: Header, timings_ms: dict[str, float]) -> DiagnosticArray:
-    """``~/debug/timing``: one status whose values are the stages in milliseconds."""
+#: Metrics of a drafted reasoning, see `engine.novelty`.
+REASONING_METRICS = ("novelty", "deliberative_share", "deliberative_mean", "accept_length")
+
+
+def timing_message(header: Header, timings_ms: dict[str, float], metrics: dict[str, float]) -> DiagnosticArray:
+    """``~/debug/timing``: a status whose values are the stages in milliseconds, and one of how routine the text was.
+
+    The second is there where a drafter guesses; its ``novelty`` is the alert signal.
+    """
     values = [KeyValue(key=f"{stage}_ms", value=f"{value:.3f}") for stage, value in timings_ms.items()]
     status = DiagnosticStatus(
         level=DiagnosticStatus.OK, name="timing", message=f"total {timings_ms['total']:.1f} ms", values=values
     )
-    return DiagnosticArray(header=header, status=[status])
+    found = [status]
+    if "novelty" in metrics:
+        pairs = [KeyValue(key=name, value=f"{metrics[name]:.4f}") for name in REASONING_METRICS if name in metrics]
+        message = f"novelty {metrics['novelty']:.2f}"
+        found.append(DiagnosticStatus(level=DiagnosticStatus.OK, name="reasoning", message=message, values=pairs))
+    return DiagnosticArray(header=header, status=found)
 
 
 def _heard(publisher: LifecyclePublisher) -> bool:

@@ -151,7 +151,12 @@ class Parameters:
         0, "In mode kv, compute all images anew every so many windows; 0 is never", span=(0, 100000)
     )
     refresh_views: bool = _parameter(False, "In mode kv, compute one camera's images anew in every window, in turn")
-    drafter: str = _parameter("", "Directory of a DFlash drafter that guesses the text; empty for none")
+    drafter: str = _parameter("", "Directory of a drafter that guesses the text; empty for none")
+    draft_confidence: float = _parameter(
+        0.0,
+        "Check only as many guesses as the drafter is this sure of; 0 checks whole blocks",
+        span=(0.0, 0.999),
+    )
     flow_schedule: str = _parameter(
         "", "Flow steps to evaluate, such as 8:0,1,2,7 or 8:0,1,2,7:linear; empty evaluates all flow_steps"
     )

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flashdrive_node.engine.drafter import MASK_FILES, Drafter, DrafterConfig, drafter_slots
+from flashdrive_node.engine.drafter import Drafter, drafter_slots
+from flashdrive_node.engine.drafter_config import DrafterConfig
+from flashdrive_node.engine.mask_embedding import MASK_FILES
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint_writer import released
 from flashdrive_node.model.config import AlpamayoConfig
