@@ -203,7 +203,8 @@ def record_json(
     ``orientation_xyzw`` of the vehicle by the odometry; ``initial_speed_m_s``; ``reasoning`` and
     ``reasoning_complete`` of the chosen sample; ``reasoning_tokens``: its tokens as pairs of text and whether the
     drafter guessed it (routine) or the model had to find it (deliberative), empty without a drafter;
-    ``timings_ms`` by stage; ``metrics`` of the engine; ``engine``: the fields of EngineInfo (``name``, ``checkpoint``, ``sha256``, ...), or null.
+    ``timings_ms`` by stage; ``metrics`` of the engine; ``engine``: the fields of EngineInfo (``name``,
+    ``checkpoint``, ``sha256``, ...), or null.
     """
     chosen = prediction.trajectory
     document = {
