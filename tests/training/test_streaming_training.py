@@ -1,10 +1,12 @@
 """Fine-tuning to streams: samples are what the engines have in their caches, only the expert changes, overlays load."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flashdrive_node.cli.main import main
 from flashdrive_node.engine.batched_policy import BatchedPolicy
@@ -50,7 +52,7 @@ def test_samples_are_what_the_engines_have(loaded, policy, bags) -> None:
     source = BagClips(bags, RIG)
     clips = [list(clip.windows) for clip in source.clips()]
     streams = [StreamingEngine(StreamingSettings(stream=StreamSettings("kv"), **common), loaded) for _ in bags]
-    rollouts = Rollouts(loaded, policy, source, CALM, seed=0, fresh=True)
+    rollouts = Rollouts(policy, source, CALM, seed=0, fresh=True)
     space = loaded.model.action_space
     for number in range(3):
         samples = next(rollouts)
@@ -78,12 +80,12 @@ def test_samples_are_what_the_engines_have(loaded, policy, bags) -> None:
 
 
 def test_streams_are_disturbed(loaded, policy, bags) -> None:
-    anew = Rollouts(loaded, policy, BagClips(bags, RIG), RolloutSettings(lanes=1, reset=1.0, drop=0.0), seed=0)
+    anew = Rollouts(policy, BagClips(bags, RIG), RolloutSettings(lanes=1, reset=1.0, drop=0.0), seed=0)
     assert [next(anew).lengths.tolist() for _ in range(3)] == [[1]] * 3
-    missing = Rollouts(loaded, policy, BagClips(bags[:1], RIG), RolloutSettings(1, 0.0, 0.6), seed=1, repeat=False)
+    missing = Rollouts(policy, BagClips(bags[:1], RIG), RolloutSettings(1, 0.0, 0.6), seed=1, repeat=False)
     assert 0 < len(list(missing)) < 4
     with pytest.raises(InputError, match="1 lane or more"):
-        Rollouts(loaded, policy, BagClips(bags, RIG), RolloutSettings(lanes=0), seed=0)
+        Rollouts(policy, BagClips(bags, RIG), RolloutSettings(lanes=0), seed=0)
 
 
 def test_only_the_expert_learns(loaded, policy, bags, tokenizer_files, tmp_path) -> None:
@@ -95,8 +97,8 @@ def test_only_the_expert_learns(loaded, policy, bags, tokenizer_files, tmp_path)
     settings = StreamingTrainingSettings(5.0, steps=40, draws=2, rate=1e-2, matrix_rate=3e-2, reuse=20, validation=2)
     trainer = StreamingTrainer(model, settings)
     source = BagClips(bags, RIG)
-    measured = Rollouts(loaded, policy, source, CALM, seed=0, fresh=True, repeat=False)
-    log = trainer.run(Rollouts(loaded, policy, source, CALM, seed=0, fresh=True), measured)
+    measured = Rollouts(policy, source, CALM, seed=0, fresh=True, repeat=False)
+    log = trainer.run(Rollouts(policy, source, CALM, seed=0, fresh=True), measured)
     # The same recordings on both sides: what is learnt by heart must show.
     assert log.result["after"]["stream"] < 0.95 * log.result["before"]["stream"]
     assert log.result["after"]["from scratch"] == log.result["before"]["from scratch"]
@@ -111,7 +113,41 @@ def test_only_the_expert_learns(loaded, policy, bags, tokenizer_files, tmp_path)
         save_expert(model, tmp_path / "out" / "expert.safetensors")
     empty = BagClips([write_bag(tmp_path / "hole", 8.2, no_odometry=(5.0, 5.5))], RIG)
     with pytest.raises(InputError, match="no window with truth"):
-        trainer.run(iter(()), Rollouts(loaded, policy, empty, CALM, seed=0, repeat=False))
+        trainer.run(iter(()), Rollouts(policy, empty, CALM, seed=0, repeat=False))
+
+
+def test_some_tensors_learn_and_are_written(policy, bags, tmp_path) -> None:
+    """Queries alone, which share a matrix with keys and values."""
+    model = policy.model
+    # The read-out of a new model is zero, and passes no gradient.
+    model.expert.action_out_proj.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = StreamingTrainingSettings(5.0, steps=3, draws=1, rate=1e-2, tensors=("*.q_proj.weight",), validation=1)
+    trainer = StreamingTrainer(model, settings)
+    source = BagClips(bags, RIG)
+    trainer.run(Rollouts(policy, source, CALM, seed=0), Rollouts(policy, source, CALM, seed=0, repeat=False))
+    queries = model.config.expert.q_size
+    for name, parameter in model.named_parameters():
+        if name.startswith("expert.") and name.endswith("qkv.weight"):
+            assert not torch.equal(parameter[:queries], before[name][:queries])
+            assert torch.equal(parameter[queries:], before[name][queries:])
+        else:
+            assert torch.equal(parameter, before[name]), name
+    trainer.save(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "expert.safetensors")
+    assert {name.split(".")[-2] for name in written} == {"q_proj"}
+    assert len(written) == model.config.expert.num_layers
+    with pytest.raises(InputError, match="a pattern of tensors such as"):
+        StreamingTrainer(model, replace(settings, tensors=("*.lm_head.*",)))
+
+
+def test_streams_enter_clips_at_different_windows(policy, bags) -> None:
+    staggered = replace(CALM, staggered=True)
+    whole = list(Rollouts(policy, BagClips(bags, RIG), CALM, seed=0, repeat=False))
+    parts = list(Rollouts(policy, BagClips(bags, RIG), staggered, seed=0, repeat=False))
+    assert [samples.lengths.tolist() for samples in whole] == [[k, k] for k in range(1, len(whole) + 1)]
+    count = len(whole)
+    assert sorted(len(samples.lengths) for samples in parts) == [1] * (count // 2) + [2] * (count - count // 2)
 
 
 def test_the_command(model, tokenizer_files, bags, tmp_path, capsys) -> None:

@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training (default: 3)")
     parser.add_argument("--steps", type=int, metavar="N", help="steps at most")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="overlay to go on from")
+    parser.add_argument(
+        "--tensors", nargs="+", default=["*"], metavar="PATTERN",
+        help="which of the expert's tensors learn and are written, such as '*.q_proj.*' (default: all)",
+    )  # fmt: skip
     parser.add_argument("--lanes", type=int, default=32, help="streams side by side (default: 32)")
     parser.add_argument("--distil", type=float, default=0.5, help="share of the distillation, 0 to 1 (default: 0.5)")
     parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate of vectors (default: 0.0001)")
@@ -67,17 +71,18 @@ def run(args: argparse.Namespace) -> int:
         reuse=args.reuse,
         rate=args.rate,
         matrix_rate=args.matrix_rate,
+        tensors=tuple(args.tensors),
         distil=args.distil,
         validation=args.held_out,
         seed=args.seed,
     )
     trainer = StreamingTrainer(loaded.model, settings)
     trainer.log.conditions |= {"checkpoint": str(args.checkpoint), "weights": loaded.info.sha256, "source": source.name}
-    way = RolloutSettings(lanes=args.lanes)
-    training = Rollouts(loaded, policy, source, way, args.seed, fresh=args.distil > 0)
+    way = RolloutSettings(lanes=args.lanes, staggered=True)
+    training = Rollouts(policy, source, way, args.seed, fresh=args.distil > 0)
     # Without what disturbs streams, and compared with windows from scratch.
     calm = RolloutSettings(lanes=args.lanes, reset=0.0, drop=0.0, refresh_every=(0,), refresh_views=0.0)
-    measured = Rollouts(loaded, policy, held_out, calm, args.seed, fresh=True, repeat=False)
+    measured = Rollouts(policy, held_out, calm, args.seed, fresh=True, repeat=False)
     trainer.run(training, measured)
     trainer.save(args.out)
     logger.info("%s: %d bytes of weights", args.out / OVERLAY, trainer.log.result["bytes"])

@@ -6,29 +6,24 @@ or never does, so rollouts of every length and kind are among the samples: each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from flashdrive_node.engine.batched_policy import BatchedPolicy
-from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.stage_timer import StageTimer
+from flashdrive_node.engine.batched_policy import BatchedPolicy, read_windows
+from flashdrive_node.engine.batched_stream import BatchedStreams
 from flashdrive_node.engine.stream import StreamSettings
-from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.clip import Clip, ClipSource, Truth, Window
 from flashdrive_node.model import batched
 from flashdrive_node.model.action_space import yaw_matrix
 from flashdrive_node.model.batched import BatchContext
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.history_tokens import encode_history
-from flashdrive_node.model.inference import Context
-from flashdrive_node.model.loading import LoadedModel
-from flashdrive_node.training.text_records import stacked
+from flashdrive_node.training.text_records import Scenes, stacked
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,8 @@ class RolloutSettings:
     #: Choices of `StreamSettings.refresh_every`, drawn per clip, and share of clips with `refresh_views`.
     refresh_every: tuple[int, ...] = (0, 0, 0, 0, 10, 30)
     refresh_views: float = 0.1
+    #: Whether the streams enter their first clips at different windows, so that they are not all of one length.
+    staggered: bool = False
 
 
 class Samples(NamedTuple):
@@ -58,21 +55,11 @@ class Samples(NamedTuple):
     lengths: Tensor
 
 
-class _Lane(StreamingEngine):
-    """A stream that reads windows and leaves the rest to batches."""
-
-    def read(self, window: Window) -> tuple[Context, Tensor]:
-        """Bring the stream to a window: the context, and the logits of the first token."""
-        _, context, logits = self._read(window.observation, StageTimer(self._model().device))
-        return context, logits
-
-
 class Rollouts(Iterator[Samples]):
     """Samples without end where clips are gone through again and again, or one pass."""
 
     def __init__(
         self,
-        loaded: LoadedModel,
         policy: BatchedPolicy,
         source: ClipSource,
         settings: RolloutSettings,
@@ -83,8 +70,7 @@ class Rollouts(Iterator[Samples]):
         """Begin as many streams as there are lanes.
 
         Args:
-            loaded: The model.
-            policy: How it writes; its model is the same.
+            policy: The model, and how it writes.
             source: The clips.
             settings: What happens to streams.
             seed: Of all that is drawn.
@@ -99,12 +85,13 @@ class Rollouts(Iterator[Samples]):
         self.policy, self.settings, self.fresh = policy, settings, fresh
         self._rng = np.random.default_rng(seed)
         self._clips = _clips(source, repeat)
-        base = StreamingSettings(
-            checkpoint="", device=str(loaded.model.device), precision="auto", samples=1, sampling=policy.sampling,
-            stream=StreamSettings("kv"), graphs=False,
-        )  # fmt: skip
-        self._lanes = [_Lane(base, loaded) for _ in range(settings.lanes)]
+        #: Made with the first window, whose layout all must have.
+        self._streams: BatchedStreams | None = None
         self._windows: list[Iterator[Window] | None] = [None] * settings.lanes
+        #: Lanes that have had no clip yet.
+        self._fresh = set(range(settings.lanes))
+        #: Streams to begin anew with their next window, and how they are refreshed from then on, where that changes.
+        self._changes: dict[int, StreamSettings | None] = {}
 
     @torch.no_grad()
     def __next__(self) -> Samples:
@@ -113,37 +100,42 @@ class Rollouts(Iterator[Samples]):
         Raises:
             StopIteration: Not one stream has a window left.
         """
-        found = [item for lane in range(len(self._lanes)) if (item := self._next_window(lane)) is not None]
+        found = [item for lane in range(self.settings.lanes) if (item := self._next_window(lane)) is not None]
         if not found:
             raise StopIteration
-        lanes = [self._lanes[lane] for lane, _, _ in found]
-        read = [engine.read(window) for engine, (_, window, _) in zip(lanes, found, strict=True)]
-        contexts = [context for context, _ in read]
-        device = self.policy.model.device
-        longest = max(context.prefix for context in contexts)
+        policy, windows = self.policy, [window for _, window, _ in found]
+        scenes = stacked([window.observation for window in windows], policy.model.device)
+        streams = self._streams_for(scenes.images)
+        for lane, change in self._changes.items():
+            streams.reset(lane, change)
+        self._changes.clear()
+        lanes, images = [lane for lane, _, _ in found], scenes.images.flatten(1, 2)
 
-        def joined(name: str) -> list[Tensor]:
-            """[B, kv_heads, slots, head_dim] per layer; copies, because the streams go on."""
-            whole = [getattr(c.cache, name)[:, :, : c.prefix] for c in contexts]
-            padded = torch.stack([pad(t, (0, 0, 0, longest - t.shape[2])) for t in whole], dim=1)
-            return list(padded.unbind())
+        def frames(rows: Sequence[int], chosen: Sequence[int]) -> Tensor:
+            return images[torch.tensor(rows)[:, None], torch.tensor(chosen)]
 
-        prefixes = torch.tensor([context.prefix for context in contexts], device=device)
-        context = BatchContext(joined("keys"), joined("values"), prefixes, contexts[0].rope_delta)
-        logits = torch.cat([first for _, first in read])
-        policy = self.policy
+        stamps = [tuple(camera.stamps_ns for camera in window.observation.cameras) for window in windows]
+        told = scenes.history_xyz, scenes.history_rot, scenes.navigation
+        context, logits = read_windows(streams, policy, lanes, stamps, frames, *told)
         texts = batched.decode(policy.model, context, logits, policy.sampling, policy.rule, policy.generator).rows()
-        observations = [window for _, window, _ in found]
         return Samples(
             context,
-            self._from_scratch(observations, texts, context.missing) if self.fresh else None,
-            self._actions(observations, [truth for _, _, truth in found]),
-            torch.tensor([engine.stream.windows for engine in lanes if engine.stream is not None], device=device),
+            self._from_scratch(scenes, texts, context.missing) if self.fresh else None,
+            self._actions(scenes, [truth for _, _, truth in found]),
+            torch.tensor([streams.windows[lane] for lane in lanes], device=policy.model.device),
         )
+
+    def _streams_for(self, images: Tensor) -> BatchedStreams:
+        """Streams of windows with such images."""
+        if self._streams is None:
+            policy = self.policy
+            layout = policy.layout(images)
+            self._streams = BatchedStreams(policy.model, layout, self.settings.lanes, StreamSettings("kv"))
+        return self._streams
 
     def _next_window(self, lane: int) -> tuple[int, Window, Truth] | None:
         """The next window of a stream that is neither missed nor without truth."""
-        engine, s, rng = self._lanes[lane], self.settings, self._rng
+        s, rng = self.settings, self._rng
         while True:
             windows = self._windows[lane]
             if windows is None:
@@ -151,11 +143,9 @@ class Rollouts(Iterator[Samples]):
                 if clip is None:
                     return None
                 # Of several clips at a time, each is read whole: a source goes through them one by one.
-                windows = self._windows[lane] = clip.windows if s.lanes == 1 else iter(list(clip.windows))
+                windows = self._windows[lane] = clip.windows if s.lanes == 1 else self._taken(lane, clip)
                 every, views = int(rng.choice(s.refresh_every)), bool(rng.random() < s.refresh_views)
-                engine.reset("clip")
-                if engine.stream is not None:
-                    engine.stream.settings = replace(engine.stream.settings, refresh_every=every, refresh_views=views)
+                self._changes[lane] = StreamSettings("kv", every, views)
             window = next(windows, None)
             if window is None:
                 self._windows[lane] = None
@@ -163,13 +153,18 @@ class Rollouts(Iterator[Samples]):
             if window.truth is None or rng.random() < s.drop:
                 continue
             if rng.random() < s.reset:
-                engine.reset("rollout")
+                self._changes.setdefault(lane, None)
             return lane, window, window.truth
 
-    def _from_scratch(self, windows: list[Window], texts: list[list[int]], missing: Tensor | int) -> BatchContext:
+    def _taken(self, lane: int, clip: Clip) -> Iterator[Window]:
+        windows = list(clip.windows)
+        entered = len(windows) * lane // self.settings.lanes if self.settings.staggered and lane in self._fresh else 0
+        self._fresh.discard(lane)
+        return iter(windows[entered:])
+
+    def _from_scratch(self, scenes: Scenes, texts: list[list[int]], missing: Tensor | int) -> BatchContext:
         """Contexts of the plain engine, with given texts, some of whose last tokens were not run."""
         policy = self.policy
-        scenes = stacked([window.observation for window in windows], policy.model.device)
         layout = policy.layout(scenes.images)
         history = encode_history(scenes.history_xyz, scenes.history_rot, policy.model.config)
         told = layout.build(history, scenes.navigation, texts)
@@ -178,16 +173,13 @@ class Rollouts(Iterator[Samples]):
         _, keys, values = batched.prefill(policy.model, told.ids, positions, features, layout.image_index)
         return BatchContext(keys, values, told.lengths, layout.rope_delta, missing)
 
-    def _actions(self, windows: list[Window], truths: list[Truth]) -> Tensor:
+    def _actions(self, scenes: Scenes, truths: list[Truth]) -> Tensor:
         """What was driven, as normalised actions, float32 [B, 64, 2]."""
         model = self.policy.model
-        observations = [window.observation for window in windows]
-        xyz = torch.from_numpy(np.stack([o.ego_history_xyz for o in observations]))
-        rot = torch.from_numpy(np.stack([o.ego_history_rot for o in observations]))
         future = torch.from_numpy(np.stack([truth.xyz for truth in truths]))
         turned = yaw_matrix(torch.from_numpy(np.stack([truth.yaw for truth in truths])))
-        inputs = (t.to(model.device) for t in (xyz, rot, future, turned))
-        return model.action_space.to_action(*inputs)
+        driven = (t.to(model.device) for t in (future, turned))
+        return model.action_space.to_action(scenes.history_xyz, scenes.history_rot, *driven)
 
 
 def _clips(source: ClipSource, repeat: bool) -> Iterator[Clip]:

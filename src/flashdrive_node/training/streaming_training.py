@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,9 +25,10 @@ from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.batched import BatchContext
 from flashdrive_node.model.checkpoint_files import OVERLAY_PREFIXES
 from flashdrive_node.model.checkpoint_writer import released
+from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.safetensors_file import TensorSpec, write_file
-from flashdrive_node.model.state_dict import release_slots
+from flashdrive_node.model.state_dict import TensorSlot, release_slots
 from flashdrive_node.training.losses import flow_errors, flow_places
 from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.rollouts import Samples
@@ -55,7 +57,8 @@ class StreamingTrainingSettings:
     reuse: int = 3
     rate: float = 1e-4
     matrix_rate: float = 3e-4
-    decay: float = 0.0
+    #: Which of the expert's tensors learn, by patterns of their names in the release's files.
+    tensors: tuple[str, ...] = ("*",)
     #: Share of the distillation.
     distil: float = 0.5
     #: Batches that are measured on, before and after.
@@ -104,7 +107,10 @@ class StreamingTrainer:
         self.teacher._modules = dict(self.model._modules)
         self.teacher.expert = copy.deepcopy(self.model.expert)
         self.model.requires_grad_(False)
-        self.model.expert.requires_grad_(True)
+        self.slots = expert_slots(self.model.config, s.tensors)
+        self._masks = learnt_rows(self.model, self.slots)
+        for name in self._masks:
+            self.model.get_parameter(name).requires_grad_(True)
         self.generator = torch.Generator(device).manual_seed(s.seed)
 
     def run(self, training: Iterator[Samples], validation: Iterable[Samples]) -> TrainingLog:
@@ -152,13 +158,15 @@ class StreamingTrainer:
 
     def save(self, directory: Path) -> None:
         """Write the overlay, log and plot."""
-        written = save_expert(self.model, directory / OVERLAY)
+        written = save_expert(self.model, directory / OVERLAY, self.slots)
         self.log.result["bytes"] = written
         self.log.write(directory)
 
     def _train(self, training: Iterator[Samples]) -> tuple[int, float]:
         s = self.settings
-        optimiser = Optimiser(self.model.expert.named_parameters(), s.rate, s.decay, matrix_rate=s.matrix_rate)
+        learning = {name: self.model.get_parameter(name) for name in self._masks}
+        # Without decay, what has no gradient stays as it is, to the last bit.
+        optimiser = Optimiser(learning.items(), s.rate, decay=0.0, matrix_rate=s.matrix_rate)
         loss_of = StreamingLoss(s, self.teacher, self.generator)
         kept: list[Samples] = []
         rows: list[dict[str, float]] = []
@@ -174,6 +182,9 @@ class StreamingTrainer:
                 samples = kept[-1] if step % s.reuse == 0 else kept[int(torch.randint(len(kept), (), generator=picker))]
                 loss, parts = loss_of(self.model, samples)
                 loss.backward()
+                for name, parameter in learning.items():
+                    if (mask := self._masks[name]) is not None and parameter.grad is not None:
+                        parameter.grad *= mask
                 step += 1
                 seconds = time.monotonic() - started
                 clock = min(1.0, max(seconds / limit_s, 0.0 if s.steps is None else step / s.steps))
@@ -188,8 +199,33 @@ class StreamingTrainer:
         return step, time.monotonic() - started
 
 
-def save_expert(model: Alpamayo, path: Path) -> int:
-    """Write the expert with its projections under the release's names, in its own types.
+def expert_slots(config: AlpamayoConfig, patterns: Sequence[str]) -> list[TensorSlot]:
+    """Tensors of the expert and its projections whose names in the release's files match one of some patterns.
+
+    Raises:
+        InputError: A pattern matches none.
+    """
+    slots = [s for s in release_slots(config) if s.name.startswith(OVERLAY_PREFIXES) and not s.optional]
+    for pattern in patterns:
+        if not any(fnmatchcase(slot.name, pattern) for slot in slots):
+            raise InputError(f"a pattern of tensors such as {slots[0].name} is required, found {pattern!r}")
+    return [slot for slot in slots if any(fnmatchcase(slot.name, pattern) for pattern in patterns)]
+
+
+def learnt_rows(model: Alpamayo, slots: Sequence[TensorSlot]) -> dict[str, Tensor | None]:
+    """Parameters that hold these tensors: which of their rows do, 1 or 0 [rows, 1], or None where all do."""
+    masks: dict[str, Tensor | None] = {}
+    for target in dict.fromkeys(slot.target for slot in slots):
+        parameter, own = model.get_parameter(target), [slot for slot in slots if slot.target == target]
+        rows = torch.zeros(len(parameter), *[1] * (parameter.ndim - 1), device=parameter.device, dtype=parameter.dtype)
+        for slot in own:
+            rows[slot.row : slot.row + slot.shape[0]] = 1
+        masks[target] = None if bool(rows.all()) else rows
+    return masks
+
+
+def save_expert(model: Alpamayo, path: Path, slots: Sequence[TensorSlot] | None = None) -> int:
+    """Write tensors of the expert and its projections, by default all, under the release's names in their own types.
 
     Returns:
         Bytes of tensor data.
@@ -201,8 +237,8 @@ def save_expert(model: Alpamayo, path: Path) -> int:
         raise CheckpointError(str(path), ["a new file is required, found one"])
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = dict(model.named_parameters())
-    slots = [s for s in release_slots(model.config) if s.name.startswith(OVERLAY_PREFIXES) and not s.optional]
-    specs = [TensorSpec(s.name, s.shape, tensors[s.target].dtype, partial(released, s, tensors)) for s in slots]
+    chosen = expert_slots(model.config, ("*",)) if slots is None else slots
+    specs = [TensorSpec(s.name, s.shape, tensors[s.target].dtype, partial(released, s, tensors)) for s in chosen]
     return write_file(path, specs)
 
 
