@@ -20,6 +20,7 @@ from flashdrive_node.engine.kernels import (
     triton_rotary,
     triton_sampling,
     triton_vision,
+    triton_waypoints,
 )
 
 
@@ -28,7 +29,7 @@ def check(kernel, types, **constants):
     assert len(signature) + len(constants) == len(kernel.arg_names), kernel.arg_names
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+    assert compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["cubin"]
 
 
 heads = {"HEADS": 8, "PADDED_HEADS": 8, "HALF": 64, "PADDED_HALF": 64}
@@ -44,11 +45,31 @@ check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True
 pointers = "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
 heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
 check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2)
+tile = {"ROWS": 16, "COLUMNS": 32}
+features = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
+check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, **tile)
+check(triton_waypoints._normed_linear, "*fp32 " * 5 + "i32 i32 i32 fp32", ACTIVATE=True, BLOCK=64, **tile)
+check(triton_waypoints._velocity, "*bf16 *fp32 *fp32 *fp32 i32 i32", CHANNELS=2, PADDED=2048)
 shape = {"CHUNKS": 39, "PADDED": 64}
 tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
 check(triton_sampling._race, "*bf16 *fp32 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", ALL=False, **shape, **tried)
 check(triton_sampling._finish, "*fp32 *i32 *i64", **shape)
+rows = "*bf16 *fp32 *bf16 *bf16 *fp16 *u8 *fp32 {} *fp32 *fp32 " + "i32 " * 5 + "fp32"
+turned = {"SOURCE": 3, "PARTS": 2, "ROUNDS": 8, "GROUPED": True, "LARGEST": 127.0, "GROUPS": 32, "WIDTH": 128}
+check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
+plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "GROUPS": 1, "WIDTH": 4096}
+check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
+check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", TOKENS=64, WIDTH=128)
+tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
+for capability in (80, 90, 120):
+    for x, scaled in (("*i8", True), ("*bf16", False)):
+        types = x + " *fp32 *fp32 *u8 *fp16 *u8 *fp32 i32 i32 i32"
+        tokens = {"SCALED": scaled, "ASSEMBLY": True, "TOKENS": 16, "HALF": 64}
+        check(triton_int4_linear._int4_linear, types, capability, **tokens, **tiles)
+for capability, types in ((80, "*bf16 *i8"), (90, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv"), (90, "*fp8e4nv *fp8e4nv")):
+    given = types + " *fp32 *fp32 *fp32 i32 i32 i32"
+    check(triton_byte_linear._byte_linear, given, capability, SCALED=True, COUNT=16, BLOCK=128, **tiles)
 """
 
 

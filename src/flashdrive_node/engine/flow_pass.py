@@ -10,7 +10,8 @@ from torch import Tensor
 from flashdrive_node.engine.flow_schedule import integrate
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.attention import attend_visible
-from flashdrive_node.engine.kernels.visibility import waypoint_visibility
+from flashdrive_node.engine.kernels.visibility import up_to, waypoint_visibility
+from flashdrive_node.engine.kernels.waypoints import embed_waypoints, project_velocity
 from flashdrive_node.engine.read_back import ReadBack
 from flashdrive_node.engine.slot_pass import run_at_slots
 from flashdrive_node.model.alpamayo import Alpamayo
@@ -28,7 +29,7 @@ class SampledTexts:
     spans: tuple[tuple[int, int], ...]
     #: Tokens of each sample's text, the stop token included: its waypoints' positions go on behind.
     lengths: tuple[int, ...]
-    #: Slot behind the texts, where waypoints may stand.
+    #: Slot behind the texts, where the waypoints of several samples may stand.
     end: int
 
 
@@ -44,14 +45,17 @@ class WaypointContext:
 
     def place(self, context: Context, texts: SampledTexts) -> None:
         """Say where prompt and texts of a window stand."""
-        self.cache.require(texts.end + self.samples * self.waypoints)
+        # A single sample's waypoints go right behind its text: what they see is one stretch of the cache then, which
+        # needs no comparison of slots.
+        first = sum(texts.spans[0]) if self.samples == 1 else texts.end
+        self.cache.require(first + self.samples * self.waypoints)
         spans = [edge for first, count in texts.spans for edge in (first, first + count)]
         positions = [context.prefix + length + context.rope_delta for length in texts.lengths]
-        numbers = torch.tensor([context.prefix, texts.end, *spans, *positions])
+        numbers = torch.tensor([context.prefix, first, *spans, *positions])
         self._numbers.copy_(numbers, non_blocking=True)
 
     def velocity(self) -> Velocity:
-        """The expert on this context: velocity on [samples, waypoints, 2]."""
+        """The expert on this context: velocity on [samples, waypoints, 2], told of time by `ActionInProj.time_part`."""
         model, expert, n, w = self.model, self.model.expert, self.samples, self.waypoints
         prefix, first, rest = self._numbers[:1], self._numbers[1:2], self._numbers[2:]
         order = torch.arange(w, device=model.device)
@@ -59,10 +63,13 @@ class WaypointContext:
         rotation = mrope_cos_sin(positions, model.config.expert, model.dtype)
         slots = first + torch.arange(n * w, device=model.device)
         causal = not model.config.expert_non_causal
-        visible = waypoint_visibility(prefix, rest[: 2 * n].view(n, 2), first, w, causal)
+        if n == 1:
+            visible = up_to(first + (order + 1 if causal else torch.full_like(order, w)))
+        else:
+            visible = waypoint_visibility(prefix, rest[: 2 * n].view(n, 2), first, w, causal)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            y = expert.action_in_proj(x.flatten(0, 1), t).to(model.dtype)
+        def velocity(x: Tensor, time_part: Tensor) -> Tensor:
+            y = embed_waypoints(x.flatten(0, 1), time_part[None], expert.action_in_proj, model.dtype)
             y = run_at_slots(
                 expert.layers,
                 expert.norm,
@@ -72,7 +79,7 @@ class WaypointContext:
                 self.cache,
                 lambda q, keys, values: attend_visible(q, keys, values, visible),
             )
-            return expert.action_out_proj(y.float()).view_as(x)
+            return project_velocity(y, expert.action_out_proj).view_as(x)
 
         return velocity
 
@@ -86,6 +93,7 @@ class FlowPass:
         self.graphs = graphs or Graphs(model.device, enabled=False)
         device, waypoints = model.device, model.config.action_space.n_waypoints
         self._table = table
+        self._times = model.expert.action_in_proj.time_part(table[:, 0])  # [evaluations, hidden]
         self._noise = torch.zeros(samples, waypoints, 2, device=device)
         # Initial speed, height and guidance weight.
         self._numbers = torch.zeros(3, device=device)
@@ -132,7 +140,7 @@ class FlowPass:
         velocity = context.velocity()
         if without_navigation is not None:
             velocity = guided(velocity, without_navigation.velocity(), weight)
-        flowed = integrate(velocity, self._noise, self._table)
+        flowed = integrate(velocity, self._noise, self._table, self._times)
         path = self.model.action_space.to_path(flowed.action, speed.expand(len(self._noise)), z)
         columns = (path.yaw, path.speed, path.acceleration, path.curvature)
         numbers = torch.cat((path.xyz, *(column[..., None] for column in columns)), dim=-1)

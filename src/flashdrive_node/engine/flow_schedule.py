@@ -113,24 +113,24 @@ class Flowed(NamedTuple):
     error: Tensor
 
 
-def integrate(velocity: Velocity, noise: Tensor, table: Tensor) -> Flowed:
+def integrate(velocity: Velocity, noise: Tensor, table: Tensor, times: Tensor | None = None) -> Flowed:
     """Follow the flow, evaluating the network once per row of the table.
 
     Args:
         velocity: The network, guided or not; gives float32.
         noise: Starting point, float32 [rows, ...], already scaled.
         table: Of `FlowSchedule.table`, on noise's device.
+        times: What the network is told of each evaluation's time, [K, ...], where that is not the time itself.
     """
-    x, last = noise, None
-    error = torch.full(noise.shape[:1], torch.nan, device=noise.device)
-    for time, weight, last_weight in table:
-        v = velocity(x, time)
-        x = x + weight * v
-        if last is not None:
-            x = x + last_weight * last
-            error = (v - last).square().flatten(1).mean(dim=1).sqrt()
-        last = v
-    return Flowed(x, error)
+    x, velocities = noise, []
+    for (weight, last_weight), time in zip(table[:, 1:], table[:, 0] if times is None else times, strict=True):
+        velocities.append(velocity(x, time))
+        x = x + weight * velocities[-1]
+        if len(velocities) > 1:
+            x = x + last_weight * velocities[-2]
+    if len(velocities) == 1:
+        return Flowed(x, torch.full(noise.shape[:1], torch.nan, device=noise.device))
+    return Flowed(x, (velocities[-1] - velocities[-2]).square().flatten(1).mean(dim=1).sqrt())
 
 
 def best_schedule(

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from flashdrive_node.model.config import ActionInProjConfig, AlpamayoConfig
 from flashdrive_node.model.decoder import DecoderLayer, Observe, RMSNorm, run_layers
@@ -44,12 +44,29 @@ class ActionInProj(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Noisy actions [N, channels] and flow time (scalar or [N]) in float32 -> waypoint embeddings [N, out_size]."""
-        values = torch.cat((x, t.reshape(-1, 1).expand(x.shape[0], 1)), dim=-1)
-        angles = values[..., None] * self.frequencies * 2 * torch.pi  # [N, channels + 1, frequencies]
-        y = (torch.cat((angles.sin(), angles.cos()), dim=-1) * math.sqrt(2)).flatten(1)
-        for dense, norm in zip(self.linears[:-1], self.norms, strict=True):
-            y = norm(silu(dense(y)))
-        return self.out_norm(self.linears[-1](y))
+        return self.embed(x, self.time_part(t.reshape(-1)))
+
+    def time_part(self, t: Tensor) -> Tensor:
+        """What flow times add to the first layer's sums, its bias included: float32 [K] -> [K, hidden].
+
+        A schedule's times are known before it runs, so this needs to be computed only once.
+        """
+        features, first = self._fourier(t[:, None], self.frequencies[-1:]), self.linears[0]
+        return linear(features, first.weight[:, -features.shape[1] :], first.bias)
+
+    def embed(self, x: Tensor, time_part: Tensor) -> Tensor:
+        """Noisy actions [N, channels] and the `time_part` of their times, [N or 1, hidden] -> [N, out_size]."""
+        features = self._fourier(x, self.frequencies[:-1])
+        y = linear(features, self.linears[0].weight[:, : features.shape[1]]) + time_part
+        for norm, dense in zip(self.norms, self.linears[1:], strict=True):
+            y = dense(norm(silu(y)))
+        return self.out_norm(y)
+
+    @staticmethod
+    def _fourier(values: Tensor, frequencies: Tensor) -> Tensor:
+        """Features of numbers [N, channels], channel by channel: [N, channels * 2 * frequencies]."""
+        angles = values[..., None] * frequencies * 2 * torch.pi
+        return (torch.cat((angles.sin(), angles.cos()), dim=-1) * math.sqrt(2)).flatten(1)
 
 
 class ActionExpert(nn.Module):

@@ -37,14 +37,14 @@ def forced(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
-def uses_triton(x: Tensor) -> bool:
-    """Whether a kernel on `x` runs in Triton.
+def uses_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a kernel on `x` runs in Triton; `dtype` is the model's where x has another.
 
     Raises:
         InputError: The environment names no backend, or Triton is demanded and missing.
     """
     backend = _forced or environment()
-    if backend == "reference" or x.dtype not in DTYPES:
+    if backend == "reference" or (dtype or x.dtype) not in DTYPES:
         return False
     if backend == "triton":
         if not has_triton():
@@ -75,6 +75,12 @@ def environment() -> Backend:
 @lru_cache(maxsize=16)
 def _capable(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=16)
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels may use e4m3: compute capability 8.9 and later, and the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @lru_cache(maxsize=16)

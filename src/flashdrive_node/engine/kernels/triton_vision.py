@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """See `vision.layer_norm`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """See `vision.layer_norm`; the result is in `dtype`, by default x's type."""
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     _norm(x, x, weight, bias, out, out, eps, ADD=False)
     return out
 
