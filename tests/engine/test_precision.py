@@ -1,16 +1,21 @@
 """What "auto" stands for, and what the settings make of a precision's name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from flashdrive_node.engine.drafter import load_drafter
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.precision import automatic, choose
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.fp8 import Fp8Linear
+from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 from support.checkpoints import BUNDLED
+from support.small_models import random_model, small_config
 
 GIB = 2**30
 
@@ -51,3 +56,23 @@ def test_engine_says_what_it_runs_in() -> None:
     assert engine.loaded is not None
     assert isinstance(engine.loaded.model.language.layers[0].qkv, Fp8Linear)
     engine.warm_up()
+
+
+def test_drafter_in_eight_bits() -> None:
+    directory, target = Path(__file__).parents[1] / "data" / "dflash_small", small_config(layers=5)
+    plain = load_drafter(directory, target, "cpu", torch.float32)
+    drafter = load_drafter(directory, target, "cpu", torch.float32, PRESETS["fp8"])
+    assert isinstance(drafter.fc, Fp8Linear)
+    assert isinstance(drafter.layers[0].qkv, Fp8Linear)
+    generator = torch.Generator().manual_seed(2)
+    size, length = drafter.config.decoder.hidden_size, drafter.config.context_length
+    token = torch.randn(2, size, generator=generator)
+    context = torch.randn(2, length, drafter.config.context_size, generator=generator)
+    exact, found = plain(token, context), drafter(token, context)
+    assert 0 < (found - exact).norm() / exact.norm() < 0.2
+    # The head may be quantised too, and its rows are what the reduced vocabulary guesses from.
+    model = random_model(target, 0)
+    model.language.lm_head = Int8Linear(model.language.lm_head)
+    ids = torch.tensor([3, 17, 40])
+    drafter.restrict(model.language, ids)
+    assert set(drafter.propose(model.language, torch.tensor([5]), context[:1], None)[0].tolist()) <= set(ids.tolist())

@@ -1,4 +1,4 @@
-"""FP8 and int8 layers: rounding, products, and what is read of single rows."""
+"""FP8, int8 and unrotated int4 layers: rounding, products, static scales, and what is read of single rows."""
 
 import pytest
 import torch
@@ -6,8 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.fp8 import E4M3, Fp8Linear, round_rows
+from flashdrive_node.model.int4 import dequantise, quantise
+from flashdrive_node.model.int4_linear import Int4Linear
 from flashdrive_node.model.int8 import Int8Linear
+from flashdrive_node.model.linear import RowwiseLinear
 
 
 def dense(rows: int, columns: int, seed: int, bias: bool = False) -> nn.Linear:
@@ -68,3 +72,46 @@ def test_int8_product_and_rows() -> None:
 def test_int8_takes_no_bias() -> None:
     with pytest.raises(ValueError, match="without bias"):
         Int8Linear(dense(4, 4, seed=5, bias=True))
+
+
+def test_static_scale_is_one_for_all_tokens() -> None:
+    layer = dense(48, 96, seed=6, bias=True)
+    static = Fp8Linear(layer, largest_input=2.0)
+    assert (static.format, Fp8Linear(layer).format) == ("fp8_static", "fp8")
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(7)).clamp(-2, 2)
+    q, scale = static.rounded(x)
+    assert torch.equal(scale, torch.full((5, 1), 4.0 / 448))
+    assert layer.bias is not None
+    expected = (q.float() * scale) @ static.dequantised().T + layer.bias
+    torch.testing.assert_close(static(x), expected, atol=1e-3, rtol=1e-5)
+    # As good as a scale per token, as long as nothing is far beyond what was met.
+    own, shared = ((module(x) - layer(x)).norm() for module in (Fp8Linear(layer), static))
+    assert shared < 1.1 * own
+    assert bool(torch.isfinite(static(1e6 * x)).all())
+    with pytest.raises(InputError, match="a largest input above 0 is required, found 0"):
+        Fp8Linear(layer, largest_input=0.0)
+
+
+def test_int4_product_and_rows() -> None:
+    layer = dense(40, 256, seed=8)
+    int4 = Int4Linear(layer)
+    assert torch.equal(int4.dequantised(), dequantise(quantise(layer.weight, 128)))
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(int4(x), x @ int4.dequantised().T, atol=1e-3, rtol=1e-4)
+    assert int4.nbytes < 0.54 * layer.weight.numel()
+    ids = torch.tensor([39, 0])
+    assert torch.equal(int4.rows(ids), int4.dequantised()[ids])
+    with pytest.raises(InputError, match="columns in groups of 128 are required, found 96"):
+        Int4Linear(dense(8, 96, seed=10))
+
+
+@given(st.sampled_from([Fp8Linear, Int8Linear, Int4Linear]), st.integers(1, 40), st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_filled_in_parts_is_filled_at_once(kind: type[RowwiseLinear], rows: int, seed: int) -> None:
+    layer = dense(rows, 128, seed=seed)
+    with torch.device("meta"):
+        room = torch.nn.Linear(128, rows, bias=False)
+    filled = kind(room).to_empty(device="cpu")
+    for first, part in zip(range(0, rows, 7), layer.weight.split(7), strict=True):
+        filled.fill(first, part)
+    assert all(torch.equal(a, b) for a, b in zip(filled.buffers(), kind(layer).buffers(), strict=True))

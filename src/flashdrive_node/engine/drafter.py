@@ -24,8 +24,11 @@ from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.errors import CheckpointError, InputError
-from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.language import LanguageModel
+from flashdrive_node.model.linear import RowwiseLinear
+from flashdrive_node.model.paroquant import ALWAYS
+from flashdrive_node.model.precision import StagePrecision
+from flashdrive_node.model.quantised_loading import LayerPlacer
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
 from flashdrive_node.model.source import read_json
 from flashdrive_node.model.state_dict import TensorSlot, decoder_slots
@@ -86,7 +89,7 @@ class Drafter(nn.Module):
             )
         head, table = cast(nn.Module, language.lm_head), language.embed_tokens.weight
         ids = ids.to(table.device)
-        held = head.rows(ids) if isinstance(head, Int8Linear) else language.lm_head.weight[ids]
+        held = head.rows(ids) if isinstance(head, RowwiseLinear) else language.lm_head.weight[ids]
         self._reduced = ids, held.to(table.dtype).contiguous()
 
     def read(self, view: PromptView) -> PromptMemory:
@@ -155,7 +158,7 @@ class Drafter(nn.Module):
 
     def _keys_values(self, layer: DecoderLayer, states: Tensor) -> tuple[Tensor, Tensor]:
         """Of context states [texts, T, hidden], before rotation: [texts, T, kv_heads, head_dim] each."""
-        kv = linear(states, layer.qkv.weight[layer.q_size :]).unflatten(-1, (-1, layer.head_dim))
+        kv = _outputs_from(layer.q_size, layer.qkv, states).unflatten(-1, (-1, layer.head_dim))
         k, v = kv.chunk(2, dim=2)
         return layer.k_norm(k), v
 
@@ -247,6 +250,11 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return (scores if bias is None else scores + bias.float()).softmax(dim=-1).detach()
 
 
+def _outputs_from(first: int, layer: nn.Module, x: Tensor) -> Tensor:
+    """The outputs of a linear layer from one on; a layer that has no plain weight is run as a whole."""
+    return linear(x, layer.weight[first:]) if isinstance(layer, nn.Linear) else layer(x)[..., first:]
+
+
 def drafter_slots(config: DrafterConfig) -> list[TensorSlot]:
     """Every tensor of a drafter's files and its place in `Drafter`."""
     hidden = config.decoder.hidden_size
@@ -259,8 +267,20 @@ def drafter_slots(config: DrafterConfig) -> list[TensorSlot]:
     ]
 
 
-def load_drafter(directory: Path, target: AlpamayoConfig, device: torch.device | str, dtype: torch.dtype) -> Drafter:
+def load_drafter(
+    directory: Path,
+    target: AlpamayoConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    precision: StagePrecision | None = None,
+) -> Drafter:
     """Load a drafter: ``config.json``, safetensors weights and the embedding of the mask token.
+
+    Args:
+        directory: Of the drafter.
+        target: Configuration of the model that it drafts for.
+        device, dtype: Where the weights go, and their type.
+        precision: Its stage ``drafter`` says in which format the layers are kept; None leaves them in `dtype`.
 
     Raises:
         ConfigError, CheckpointError: The files cannot be used; lists everything that is wrong with each.
@@ -271,7 +291,17 @@ def load_drafter(directory: Path, target: AlpamayoConfig, device: torch.device |
         drafter = Drafter(config).to(dtype)
     drafter.requires_grad_(False).eval()
     files = directory / "model.safetensors"  # the mask embedding may lie beside it in a file of its own
-    load_weights(drafter, drafter_slots(config), files if files.is_file() else directory, device, hash_files=False)
+    slots = drafter_slots(config)
+    placer = LayerPlacer(drafter, {}, ALWAYS, (precision or StagePrecision()).drafter_conversions(drafter), device)
+    load_weights(
+        drafter,
+        slots,
+        files if files.is_file() else directory,
+        device,
+        hash_files=False,
+        completed=placer.completed,
+        take=placer.take,
+    )
     materialise(drafter, "mask_embedding", torch.empty(0, device=device).device, dtype).copy_(mask)
     return drafter
 

@@ -13,8 +13,8 @@ import torch
 from flashdrive_node.model.alpamayo import Alpamayo, Constants
 from flashdrive_node.model.checkpoint import CheckpointInfo, load_weights
 from flashdrive_node.model.checkpoint_files import survey
-from flashdrive_node.model.errors import CheckpointError
-from flashdrive_node.model.precision import PRECISION_KEY, W4A8, StagePrecision
+from flashdrive_node.model.errors import CheckpointError, InputError
+from flashdrive_node.model.precision import INPUTS_KEY, PRECISION_KEY, W4A8, StagePrecision
 from flashdrive_node.model.quantised_files import CONFIG_KEY, QuantisedFiles, find_quantised
 from flashdrive_node.model.quantised_loading import LayerPlacer
 from flashdrive_node.model.source import read_config, resolve_source, tokenizer_directory
@@ -75,8 +75,12 @@ def load_alpamayo(
     model.set_constants(constants, device)
     quantised = find_quantised(survey(directory), release_slots(config), config.raw.get(CONFIG_KEY))
     precision = _stages(precision, config.raw.get(PRECISION_KEY), quantised, directory)
-    conversions = precision.conversions(model, frozenset(quantised.matrices))
-    placer = LayerPlacer(model, quantised.matrices, precision.int8_from, conversions, device)
+    try:
+        largest_inputs = config.raw.get(INPUTS_KEY)
+        conversions = precision.conversions(model, frozenset(quantised.matrices), largest_inputs)
+        placer = LayerPlacer(model, quantised.matrices, precision.int8_from, conversions, device)
+    except InputError as error:
+        raise CheckpointError(str(directory), [str(error)]) from error
     info = load_weights(
         model,
         quantised.slots,
