@@ -97,7 +97,8 @@ class StreamingEngine(PlainEngine):
         s, model = self.settings, self._model()
         try:
             if s.drafter is not None and self.drafter is None:
-                self.drafter = load_drafter(s.drafter, model.config, model.device, model.dtype)
+                stages = self.loaded.precision if self.loaded is not None else None
+                self.drafter = load_drafter(s.drafter, model.config, model.device, model.dtype, stages)
                 if (ids := read_draft_vocabulary(s.drafter)) is not None:
                     self.drafter.restrict(model.language, ids)
         except (ModelError, OSError, RuntimeError) as error:
