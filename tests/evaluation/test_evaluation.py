@@ -184,6 +184,21 @@ def test_a_path_that_is_not_finite_is_a_problem_and_no_figure(tmp_path: Path) ->
         summarise(SETTINGS, clips)
 
 
+def test_the_flow_of_some_windows_is_looked_at(tmp_path: Path) -> None:
+    folder, seeds = ResultFolder(tmp_path), []
+
+    def probe(observation: Observation, seed: int) -> list[float]:
+        seeds.append(seed)
+        return [0.4, 0.1, 0.1 * len(seeds)]
+
+    folder.prepare(SETTINGS)
+    evaluate(Driver(), Source(3), folder, probe=probe)
+    assert seeds == [seed_offset(f"drive-{i}") for i in range(3)]
+    summary = summarise(SETTINGS, folder.read())
+    assert [row[1] for row in summary.velocity_change] == pytest.approx([0.4, 0.1, 0.2])
+    assert summary.velocity_change[2] == pytest.approx([0.12, 0.2, 0.28])
+
+
 def test_malformed_texts() -> None:
     assert not is_malformed("Keep lane.", True)
     assert is_malformed("Keep la", False)

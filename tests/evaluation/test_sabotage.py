@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from flashdrive_node.engine.protocol import CameraFrames
-from flashdrive_node.evaluation.sabotage import KINDS, SabotagedClips, sabotaged
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.evaluation.sabotage import KINDS, BlankedEngine, SabotagedClips, sabotaged
 from flashdrive_node.evaluation.world_clips import WorldClips
 from flashdrive_node.model.errors import InputError
 
@@ -29,13 +31,19 @@ def test_one_thing_is_wrong(source) -> None:
         assert same_history == (kind != "history")
         for a, b in zip(lied.observation.cameras, seen.cameras, strict=True):
             assert (a.camera_index, a.stamps_ns) == (b.camera_index, b.stamps_ns)
-            assert np.array_equal(a.images, b.images) == (kind == "history")
+            assert np.array_equal(a.images, b.images) == (kind in ("history", "cache"))
     exchanged = sabotaged(seen, "cameras").cameras
     for a, b in zip(exchanged, (*seen.cameras[1:], seen.cameras[0]), strict=True):
         np.testing.assert_array_equal(a.images, b.images)
     assert not sabotaged(seen, "history").ego_history_xyz.any()
     assert SabotagedClips(source, "blind").name == "world test:0-1, sabotaged: blind"
     assert len(SabotagedClips(source, "blind")) == 2
+
+
+def test_a_cache_is_lost_only_where_one_is_kept() -> None:
+    for settings in (PlainSettings("none"), StreamingSettings("none", stream=StreamSettings("features"))):
+        with pytest.raises(InputError, match="--engine streaming --stream-mode kv is required"):
+            BlankedEngine(settings)
 
 
 def test_what_cannot_be_exchanged(source) -> None:

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from flashdrive_node import bundled
 from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drive
+from flashdrive_node.cli.demo import engine_parameters
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
 from flashdrive_node.evaluation.bag_clips import BagClips
 from flashdrive_node.evaluation.bag_truth import compare, label_of, read_truth
 from flashdrive_node.evaluation.driven_route import DrivenRoute
 from flashdrive_node.evaluation.policies import history_file
+from flashdrive_node.evaluation.sabotage import BlankedEngine
 from flashdrive_node.evaluation.world_bag import SceneChoice, truth
 from flashdrive_node.model.config import ALPAMAYO_1_5
 from flashdrive_node.model.loading import load_alpamayo
@@ -102,3 +107,40 @@ def test_the_model_plans_the_bundled_drive(rig: Rig) -> None:
     assert len(errors) == 4
     assert np.mean(errors) < 1.5
     assert np.mean(right) >= 0.75
+
+
+def test_a_stream_that_loses_its_cache_drives_clearly_worse(rig: Rig) -> None:
+    settings = StreamingSettings(
+        BUNDLED, device="cpu", sampling=SamplingSettings(temperature=0.0, max_length=32), stream=StreamSettings("kv")
+    )
+    engines = [StreamingEngine(settings), BlankedEngine(settings)]
+    engines[0].load()
+    engines[1].loaded = engines[0].loaded
+    windows = list(islice(next(BagClips([bundled_drive()], rig).clips()).windows, 59))
+    errors: list[list[float]] = [[], []]
+    for first in (3, 48, 57):  # free road, oncoming traffic, turn
+        for engine, met in zip(engines, errors, strict=True):
+            engine.reset("another moment")
+            # The first window is computed whole, the second reads what was kept of it, or nothing.
+            window, prediction = windows[first + 1], [engine.step(w.observation) for w in windows[first : first + 2]][1]
+            assert window.truth is not None
+            distance = prediction.trajectory.xyz[:, :2] - window.truth.xyz[:, :2]
+            met.append(float(np.linalg.norm(distance, axis=1).mean()))
+    kept, lost = errors
+    assert all(b > a for a, b in zip(kept, lost, strict=True))
+    assert np.mean(lost) > 2 * np.mean(kept)
+
+
+def test_what_the_demo_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The exact engine for checkpoints that have nothing for streams, and all that is there for the bundled one."""
+    plain = {"engine": "streaming", "checkpoint": "other", "stream_mode": "features"}
+    assert engine_parameters("other") == plain
+    monkeypatch.setattr(bundled, "_DATA", tmp_path)
+    assert engine_parameters(BUNDLED) == plain | {"checkpoint": BUNDLED}
+    drafter, overlay = (tmp_path / "alpamayo_small" / name for name in ("drafter", "streaming/expert.safetensors"))
+    drafter.mkdir(parents=True)
+    overlay.parent.mkdir()
+    overlay.write_bytes(b"")
+    found = engine_parameters(BUNDLED)
+    assert found["stream_mode"] == "kv"
+    assert (found["overlay"], found["drafter"]) == (str(overlay), str(drafter))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drive
+from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drafter, bundled_drive, bundled_overlay
 
 if TYPE_CHECKING:
     from flashdrive_node.evaluation.replay_report import ReplayReport
@@ -70,7 +70,7 @@ def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
     from flashdrive_node.ros.session import SessionOptions
     from flashdrive_node.runtime.rig import load_rig
 
-    parameters: dict[str, object] = {"engine": "plain", "checkpoint": args.checkpoint, "device": args.device}
+    parameters = {**engine_parameters(args.checkpoint), "device": args.device}
     # A machine without a GPU takes a while for a window, and shows the same results on every run.
     parameters |= {"max_result_age_s": 20.0, "temperature": 0.0}
     result = replay(
@@ -84,6 +84,18 @@ def _replay(args: argparse.Namespace, bag: Path) -> ReplayReport:
         raise KeyboardInterrupt
     played = dataclasses.asdict(result.played)
     return make_report(bag, result.outputs, load_rig(_RIG), played, result.problem)
+
+
+def engine_parameters(checkpoint: str) -> dict[str, object]:
+    """The node's engine: streaming, with all that the bundled checkpoint has for it; exact where it has nothing."""
+    parameters: dict[str, object] = {"engine": "streaming", "checkpoint": checkpoint, "stream_mode": "features"}
+    if checkpoint != BUNDLED:
+        return parameters
+    if (overlay := bundled_overlay()) is not None:
+        parameters |= {"stream_mode": "kv", "overlay": str(overlay)}
+    if (drafter := bundled_drafter()) is not None:
+        parameters["drafter"] = str(drafter)
+    return parameters
 
 
 def _write_report(report: ReplayReport, out: Path) -> Path:

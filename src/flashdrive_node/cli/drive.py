@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.cli import drive_ros
-from flashdrive_node.cli.engine_options import add_stream_options, refuse_without_streaming, stream_options
+from flashdrive_node.cli.engine_options import add_stream_options, overlay_of, refuse_without_streaming, stream_options
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.evaluation import drive_report, open_loop_report
 from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
@@ -164,7 +164,7 @@ def _samples(args: argparse.Namespace) -> int:
 def _model(args: argparse.Namespace) -> PlainSettings:
     common: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
-        "overlay": args.overlay,
+        "overlay": overlay_of(args),
         "precision": args.precision,
         "samples": _samples(args),
         "sampling": SamplingSettings(temperature=args.temperature, max_length=64),

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flashdrive_node.cli.engine_options import overlay_of
 from flashdrive_node.cli.replay import node_parameters
 from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.picture_files import FORMATS
@@ -80,9 +81,11 @@ def _parameters(args: argparse.Namespace) -> dict[str, object]:
         raise InputError(str(error)) from error
     values: dict[str, object] = {"precision": args.precision, "num_samples": args.samples or 1, "seed": args.seed}
     values |= {"temperature": args.temperature, "max_generation_length": 64, "device": args.device}
-    for name in ("flow_steps", "stream_mode", "refresh_every", "flow_schedule", "overlay"):
+    for name in ("flow_steps", "stream_mode", "refresh_every", "flow_schedule"):
         if (value := getattr(args, name)) is not None:
-            values[name] = str(value) if isinstance(value, Path) else value
+            values[name] = value
+    if (overlay := overlay_of(args)) is not None:
+        values["overlay"] = str(overlay)
     if args.refresh_views:
         values["refresh_views"] = True
     return {**values, **given}

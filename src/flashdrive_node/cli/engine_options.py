@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashdrive_node.bundled import BUNDLED, bundled_drafter, bundled_overlay
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
@@ -26,7 +28,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("plain", "streaming"), default="plain", help="default: plain")
     add_stream_options(group)
-    group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a drafter")
+    group.add_argument("--drafter", type=Path, metavar="DIR", help="streaming: directory of a drafter, or 'bundled'")
     group.add_argument(
         "--draft-confidence", type=float, metavar="P", help="streaming: check as many guesses as it is this sure of"
     )
@@ -50,7 +52,9 @@ def add_stream_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--refresh-every", type=int, metavar="N", help="kv: all images anew every N windows")
     group.add_argument("--refresh-views", action="store_true", help="kv: one camera's images anew in every window")
     group.add_argument("--flow-schedule", metavar="TEXT", help="streaming: flow steps to evaluate, such as 8:0,1,2,7")
-    group.add_argument("--overlay", type=Path, metavar="PATH", help="fine-tuned expert to put over the checkpoint's")
+    group.add_argument(
+        "--overlay", type=Path, metavar="PATH", help="fine-tuned expert to put over the checkpoint's, or 'bundled'"
+    )
 
 
 def stream_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +67,23 @@ def stream_options(args: argparse.Namespace) -> dict[str, Any]:
         "stream": StreamSettings(args.stream_mode or "features", args.refresh_every or 0, args.refresh_views),
         "schedule": FlowSchedule.parse(args.flow_schedule) if args.flow_schedule else None,
     }
+
+
+def overlay_of(args: argparse.Namespace) -> Path | None:
+    """The overlay that is named, which may be the bundled one.
+
+    Raises:
+        InputError: The package has none.
+    """
+    return _found(args.overlay, bundled_overlay, "--overlay")
+
+
+def _found(given: Path | None, bundled: Callable[[], Path | None], option: str) -> Path | None:
+    if given is None or str(given) != BUNDLED:
+        return given
+    if (path := bundled()) is None:
+        raise InputError(f"{option}: a path is required, found {BUNDLED!r}, which this package does not have")
+    return path
 
 
 def refuse_without_streaming(args: argparse.Namespace) -> None:
@@ -87,7 +108,7 @@ def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> Pl
     """
     common: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
-        "overlay": args.overlay,
+        "overlay": overlay_of(args),
         "device": args.device,
         "precision": args.precision,
         "samples": args.samples,
@@ -100,7 +121,7 @@ def engine_settings(args: argparse.Namespace, image_size: tuple[int, int]) -> Pl
         refuse_without_streaming(args)
         return PlainSettings(**common)
     return StreamingSettings(
-        drafter=args.drafter,
+        drafter=_found(args.drafter, bundled_drafter, "--drafter"),
         draft_confidence=args.draft_confidence or 0.0,
         shared_text=args.shared_text,
         graphs=not args.eager,

@@ -11,7 +11,8 @@ from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS, ClipSource
 from flashdrive_node.evaluation.evaluation import ResultFolder, Shard, evaluate
 from flashdrive_node.evaluation.evaluation_report import markdown, write_report
 from flashdrive_node.evaluation.evaluation_summary import add_baseline, summarise
-from flashdrive_node.evaluation.sabotage import KINDS, SabotagedClips
+from flashdrive_node.evaluation.flow_probe import flow_change
+from flashdrive_node.evaluation.sabotage import CACHE, KINDS, BlankedEngine, SabotagedClips
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and report. Returns 1 where clips or windows ended in a problem."""
     folder = ResultFolder(args.out)
     if not args.report_only:
-        answer_clips(args, folder)
+        answer_clips(args, folder, look_at_flow=True)
         if Shard.parse(args.shard).of > 1:
             print(f"clips {args.shard} are done; --report-only puts all together")
             return 0
@@ -53,6 +54,7 @@ def answer_clips(
     folder: ResultFolder,
     loaded: LoadedModel | None = None,
     source: ClipSource | None = None,
+    look_at_flow: bool = False,
 ) -> LoadedModel | None:
     """Step the engine that the options choose through the clips that they choose.
 
@@ -61,6 +63,7 @@ def answer_clips(
         folder: Takes the results.
         loaded: The checkpoint, where it is in memory already.
         source: Clips in place of those that the options choose.
+        look_at_flow: Whether the flow of some windows is integrated once more, for how its velocity changes.
 
     Returns:
         The checkpoint, for another engine.
@@ -71,18 +74,21 @@ def answer_clips(
     if args.checkpoint is None:
         raise InputError("a checkpoint is required, or --report-only")
     shard = Shard.parse(vars(args).get("shard", "0/1"))
-    engine = make_engine(engine_settings(args, image_size(args)))
+    sabotage = vars(args).get("sabotage")
+    settings = engine_settings(args, image_size(args))
+    engine = BlankedEngine(settings) if sabotage == CACHE else make_engine(settings)
     engine.loaded = loaded
     info = engine.load()
     source = source or clip_source(args, engine.settings.torch_device)
-    if (kind := vars(args).get("sabotage")) is not None:
-        source = SabotagedClips(source, kind)
+    if sabotage is not None:
+        source = SabotagedClips(source, sabotage)
     # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.
     weights = {"weights": info.sha256 or info.checkpoint, "windows": args.windows}
     folder.prepare(described(args) | weights | {"source": source.name})
     if engine.settings.torch_device.type == "cuda":
         engine.warm_up()
-    evaluate(engine, source, folder, shard)
     loaded = engine.loaded
+    assert loaded is not None
+    evaluate(engine, source, folder, shard, flow_change(loaded, settings) if look_at_flow else None)
     engine.close()
     return loaded

@@ -113,6 +113,7 @@ class Stream:
         self._stamps = self._aged = None
         self._ahead = self.windows = 0
 
+    @torch.inference_mode()
     def blank(self) -> None:
         """Zero the keys and values that are kept, as an evaluation does that must notice it."""
         kept = [self._keys] if self.cache is None else [self._keys, self.cache.keys, self.cache.values]

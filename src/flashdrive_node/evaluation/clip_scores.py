@@ -65,6 +65,8 @@ class ClipScores:
     #: Why the clip ended early.
     problem: str = ""
     worst: WorstWindow | None = None
+    #: Of some windows: change of the flow's velocity from step to step, relative to its size (`relative_change`).
+    velocity_change: list[list[float]] = field(default_factory=list)
     version: int = VERSION
 
     def write(self, path: Path) -> None:

@@ -57,6 +57,8 @@ class Moment:
     truth: str | None = None
     verdict: tuple[str, bool] | None = None
     navigation: str = ""
+    #: Whose the planned path is.
+    planner: str = "the model"
     #: Names and values of a few figures.
     figures: Sequence[tuple[str, str]] = ()
     #: RGB of `PLAN`'s size, or None for an empty ground.
@@ -163,7 +165,7 @@ def _fixed(pixels: Array) -> NDArray[np.int32]:
 
 def _legend(draw: ImageDraw.ImageDraw, moment: Moment) -> None:
     x, y = 2 * CAMERA_SIZE[0] + 14, 10
-    rows = [("planned by the model", PLANNED)]
+    rows = [(f"planned by {moment.planner}", PLANNED)]
     if moment.driven is not None:
         rows.append(("ground truth: driven", DRIVEN))
     draw.rounded_rectangle((x - 6, y - 4, x + 262, y + 28 * len(rows) + 2), 6, fill=(18, 21, 26))

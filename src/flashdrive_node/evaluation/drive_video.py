@@ -42,11 +42,12 @@ class DriveVideo:
     Args:
         scene: One scene, on any device.
         note: What a viewer must know, in every picture.
+        planner: Whose the planned paths are.
     """
 
-    def __init__(self, scene: Scene, note: str = ""):
+    def __init__(self, scene: Scene, note: str = "", planner: str = "the model"):
         self._scene = move(scene, "cpu")
-        self._note = note
+        self._note, self._planner = note, planner
         self._shots: list[_Shot] = []
         self._steps = 0
 
@@ -95,6 +96,7 @@ class DriveVideo:
                     ground=plan_view(self._scene, state, PLAN),
                     duration_s=float(self._shots[-1].state.time_s) - first,
                     note=self._note,
+                    planner=self._planner,
                 )
             )
 

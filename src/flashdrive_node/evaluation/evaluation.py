@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,10 @@ GAP_NS = 1_000_000_000
 #: Error that the worst windows are found by.
 WORST = "ade@6.4s"
 _PICTURE_PX = 320
+#: Every so many windows of a clip the flow is looked at.
+PROBED = 40
+#: Given an observation and a seed, `relative_change` of the flow's velocity from step to step.
+FlowChange = Callable[[Observation, int], list[float]]
 
 
 class SeededEngine(Engine, Protocol):
@@ -104,7 +109,13 @@ class ResultFolder:
         return path.is_file() and not ClipScores.read(path).problem
 
 
-def evaluate(engine: SeededEngine, source: ClipSource, folder: ResultFolder, shard: Shard | None = None) -> None:
+def evaluate(
+    engine: SeededEngine,
+    source: ClipSource,
+    folder: ResultFolder,
+    shard: Shard | None = None,
+    probe: FlowChange | None = None,
+) -> None:
     """Answer every window of every clip that is not done yet.
 
     Args:
@@ -112,6 +123,7 @@ def evaluate(engine: SeededEngine, source: ClipSource, folder: ResultFolder, sha
         source: The clips.
         folder: Takes a file per clip, prepared.
         shard: The part of the clips to do here; others may do the rest at the same time.
+        probe: Asked how the flow goes in every `PROBED`-th window of a clip.
     """
     shard = shard or Shard()
     bar = tqdm(total=len(source) or None, desc=source.name, unit="clip")
@@ -119,10 +131,12 @@ def evaluate(engine: SeededEngine, source: ClipSource, folder: ResultFolder, sha
         for number, clip in enumerate(source.clips()):
             bar.update()
             if number % shard.of == shard.index and not folder.done(clip.name):
-                run_clip(engine, clip, folder, bar).write(folder.clips / f"{clip.name}.json")
+                run_clip(engine, clip, folder, bar, probe).write(folder.clips / f"{clip.name}.json")
 
 
-def run_clip(engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = None) -> ClipScores:
+def run_clip(
+    engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = None, probe: FlowChange | None = None
+) -> ClipScores:
     """Answer one clip from its first window on; what was answered stays where the clip breaks off.
 
     Args:
@@ -130,6 +144,7 @@ def run_clip(engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = 
         clip: Its windows are used up.
         folder: Takes the picture of the worst window.
         bar: A tqdm bar to show the window's number in.
+        probe: As in `evaluate`.
     """
     result = ClipScores(clip.name)
     engine.reset("clip")
@@ -154,6 +169,8 @@ def run_clip(engine: SeededEngine, clip: Clip, folder: ResultFolder, bar: Any = 
             if truth is not None and ade is not None and (result.worst is None or ade > result.worst.ade_m):
                 result.worst = worst_window(index, ade, prediction, truth)
                 write_picture(observation, folder.clips / f"{clip.name}.jpg")
+            if probe is not None and index % PROBED == 0:
+                result.velocity_change.append(probe(observation, seed_offset(clip.name) + index))
             if bar is not None:
                 bar.set_postfix_str(f"{clip.name}, window {index}")
     except (ClipError, ModelError, OSError) as error:

@@ -16,18 +16,17 @@ _SERIES = {"ade": ("ADE", "#2b6fb3"), "min_ade": ("minADE", "#e0872b")}
 
 
 def summary_png(summary: Summary) -> bytes:
-    """Errors by horizon and by window index, latency by stage, accept lengths."""
+    """Errors by horizon and by window index, latency by stage, accept lengths, labels, velocity over the flow."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
     _by_horizon(axes[0][0], summary)
     _by_window(axes[0][1], summary)
     _latency(axes[1][0], summary)
-    if summary.accept_lengths:
-        _accept_lengths(axes[1][1], summary)
-    else:
-        _labels(axes[1][1], summary)
+    _accept_lengths(axes[1][1], summary)
+    _labels(axes[2][0], summary)
+    _velocity_change(axes[2][1], summary)
     return _png(figure)
 
 
@@ -89,19 +88,40 @@ def _latency(axis: Any, summary: Summary) -> None:
 
 
 def _accept_lengths(axis: Any, summary: Summary) -> None:
+    axis.set(title="tokens gained per pass of the model", xlabel="mean over a window", ylabel="windows")
+    if not summary.accept_lengths:
+        _nothing(axis, "no drafter: one token per pass")
+        return
     lengths = [float(length) for length in summary.accept_lengths]
     axis.bar(lengths, list(summary.accept_lengths.values()), 0.42, color="#4a9d5b")
     mean = summary.metrics["accept_length"]
     axis.axvline(mean, color="#222222", linewidth=1, label=f"mean {mean:.2f}")
-    axis.set(title="tokens gained per pass of the model", xlabel="mean over a window", ylabel="windows")
     axis.legend(fontsize=8)
+
+
+def _velocity_change(axis: Any, summary: Summary) -> None:
+    """Median and middle 80 % of the windows."""
+    axis.set(title="change of the velocity from step to step of the flow", xlabel="flow time", ylabel="[%]")
+    if not summary.velocity_change:
+        _nothing(axis, "not looked at in these results")
+        return
+    low, median, high = 100 * np.array(summary.velocity_change).T
+    times = np.arange(1, len(median) + 1) / (len(median) + 1)
+    axis.fill_between(times, low, high, color="#8a4f9e", alpha=0.2, linewidth=0)
+    axis.plot(times, median, "o-", color="#8a4f9e", markersize=4)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+
+
+def _nothing(axis: Any, why: str) -> None:
+    axis.text(0.5, 0.5, why, ha="center", va="center", transform=axis.transAxes)
 
 
 def _labels(axis: Any, summary: Summary) -> None:
     labels = list(summary.labels)
     axis.set(title="texts that state the driver's label", xlim=(0, 1))
     if not labels:
-        axis.text(0.5, 0.5, "no labels in this source", ha="center", va="center", transform=axis.transAxes)
+        _nothing(axis, "no labels in this source")
         return
     rows = np.arange(len(labels))
     bars = axis.barh(rows, [summary.labels[label][0] for label in labels], color="#4a9d5b")

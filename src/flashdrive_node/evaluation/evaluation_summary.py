@@ -20,6 +20,7 @@ from flashdrive_node.evaluation.metrics import (
     bootstrap_ratio,
     compare,
 )
+from flashdrive_node.evaluation.schedule_search import QUANTILES
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.world.decision_text import StatedDecision, parse
 
@@ -52,6 +53,8 @@ class Summary:
     metrics: dict[str, float] = field(default_factory=dict)
     #: Windows by accept length, in halves of a token.
     accept_lengths: dict[str, int] = field(default_factory=dict)
+    #: Change of the flow's velocity into each step but the first: 10th percentile, median and 90th over windows.
+    velocity_change: list[list[float]] = field(default_factory=list)
     #: Clip, window, ADE of the windows that are furthest off, one per clip.
     worst: list[tuple[str, int, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -91,6 +94,8 @@ def summarise(settings: dict[str, Any], clips: Sequence[ClipScores]) -> Summary:
     for name in ("ade@6.4s", "min_ade@6.4s"):
         result.by_window[name] = _by_window(clips, name)
     _add_measurements(result, windows)
+    if changes := [change for clip in clips for change in clip.velocity_change]:
+        result.velocity_change = np.quantile(np.array(changes), QUANTILES, axis=0).T.round(5).tolist()
     worst = sorted((c for c in clips if c.worst), key=lambda c: c.worst.ade_m if c.worst else 0.0, reverse=True)
     result.worst = [(c.name, c.worst.index, c.worst.ade_m) for c in worst[:_WORST] if c.worst]
     return result

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from flashdrive_node.evaluation.closed_loop import ClosedLoop
 from flashdrive_node.evaluation.drive_video import DriveVideo
-from flashdrive_node.evaluation.policies import Plans
+from flashdrive_node.evaluation.policies import CONSTANT_VELOCITY, EXPERT, HISTORY, MODEL, Plans
 from flashdrive_node.world.frames import FrameSettings, render_frames
 from flashdrive_node.world.scene import Scene, select
 from flashdrive_node.world.state import State
 
 #: Of pictures that nobody has made while driving.
 _OWN_PICTURES = FrameSettings(chunk=8)
+#: Policies as the pictures name them.
+_PLANNERS = {MODEL: "the model", HISTORY: "history only", CONSTANT_VELOCITY: "constant speed", EXPERT: "the expert"}
 #: Fields of the scores that a viewer is told of.
 _FAULTS = {
     "at_fault_collision": "collision",
@@ -41,7 +43,8 @@ class Filming:
         self._at = torch.tensor(self.rows, dtype=torch.int64, device=scene.device)
         self._scene = select(scene, self._at)
         note = f"{policy} drives this vehicle of the procedural world"
-        self._videos = [DriveVideo(select(self._scene, self._at.new_tensor([i])), note) for i in range(len(self.rows))]
+        scenes = [select(self._scene, self._at.new_tensor([i])) for i in range(len(self.rows))]
+        self._videos = [DriveVideo(one, note, _PLANNERS[policy]) for one in scenes]
 
     def add(self, loop: ClosedLoop, plans: Plans | None) -> None:
         """The step that a loop has just made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from flashdrive_node.engine.flow_schedule import FlowSchedule, integrate
 from flashdrive_node.engine.plain import ego_history
 from flashdrive_node.engine.protocol import Observation
+from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.flow_matching import Velocity
@@ -101,3 +103,34 @@ class FlowProbe:
         velocity = inference.velocity_field(model, context, text)
         noise = inference.draw_noise(model, self.samples, 1.0, generator)
         return WindowFlow(model, velocity, noise, float(model.action_space.initial_speed(history_xyz, history_rot)))
+
+
+def relative_change(velocities: Tensor) -> Tensor:
+    """How much the velocity changes from each step to the next, relative to its size over the whole flow.
+
+    Args:
+        velocities: [recordings, steps, ...].
+
+    Returns:
+        float64 [recordings, steps - 1].
+    """
+    v = velocities.double().flatten(2)
+    size = v.square().mean(dim=(1, 2)).sqrt()[:, None]
+    return (v[:, 1:] - v[:, :-1]).square().mean(dim=2).sqrt() / size
+
+
+def flow_change(loaded: LoadedModel, settings: PlainSettings) -> Callable[[Observation, int], list[float]]:
+    """What tells of an observation and a seed how much the flow's velocity changes from step to step.
+
+    Args:
+        loaded: The model.
+        settings: Of the sampling, and the number of flow steps.
+    """
+    probe = FlowProbe(loaded, 1, settings.sampling)
+    steps = settings.flow_steps or loaded.model.config.flow.num_inference_steps
+
+    def change(observation: Observation, seed: int) -> list[float]:
+        found: list[float] = relative_change(probe.window(observation, seed).velocities(steps))[0].tolist()
+        return [round(value, 5) for value in found]
+
+    return change

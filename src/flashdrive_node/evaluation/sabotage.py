@@ -7,12 +7,36 @@ from dataclasses import replace
 
 import numpy as np
 
-from flashdrive_node.engine.protocol import CameraFrames, Observation
+from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.clip import Clip, ClipSource, Window
 from flashdrive_node.model.errors import InputError
 
 #: cameras: every camera shows what the next one sees. history: the ego has stood still. blind: all pictures are grey.
-KINDS = ("cameras", "history", "blind")
+#: cache: the observations are true, and what a `BlankedEngine` has kept of earlier ones is lost.
+CACHE = "cache"
+KINDS = ("cameras", "history", "blind", CACHE)
+
+
+class BlankedEngine(StreamingEngine):
+    """A streaming engine in mode "kv" whose kept keys and values are zeroed in front of every window."""
+
+    def __init__(self, settings: PlainSettings):
+        """Take the settings of such an engine.
+
+        Raises:
+            InputError: They are of an engine that keeps no keys and values.
+        """
+        if not isinstance(settings, StreamingSettings) or settings.stream.mode != "kv":
+            raise InputError("--sabotage cache: --engine streaming --stream-mode kv is required, found another engine")
+        super().__init__(settings)
+
+    def step(self, observation: Observation) -> Prediction:
+        """Answer one observation."""
+        if self.stream is not None:
+            self.stream.blank()
+        return super().step(observation)
 
 
 class SabotagedClips:
@@ -47,6 +71,8 @@ def sabotaged(observation: Observation, kind: str) -> Observation:
     Raises:
         InputError: Cameras of different sizes cannot be exchanged.
     """
+    if kind == CACHE:
+        return observation
     if kind == "history":
         still = np.zeros_like(observation.ego_history_xyz)
         turned = np.tile(np.eye(3, dtype=np.float32), (len(still), 1, 1))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8, PUBLISHED_10, Fill, FlowSchedule, best_schedule
 from flashdrive_node.evaluation.clip import ClipSource, Window
-from flashdrive_node.evaluation.flow_probe import FlowProbe, WindowFlow
+from flashdrive_node.evaluation.flow_probe import FlowProbe, WindowFlow, relative_change
 from flashdrive_node.evaluation.metrics import Estimate, bootstrap_mean, displacements
 from flashdrive_node.model.errors import InputError
 
@@ -217,10 +217,7 @@ def velocity_change(velocities: Tensor) -> Tensor:
     Returns:
         `QUANTILES` over the recordings, float64 [steps - 1, quantiles].
     """
-    v = velocities.double().flatten(2)
-    size = v.square().mean(dim=(1, 2)).sqrt()[:, None]
-    change = (v[:, 1:] - v[:, :-1]).square().mean(dim=2).sqrt() / size
-    return change.quantile(torch.tensor(QUANTILES, dtype=torch.float64), dim=0).T
+    return relative_change(velocities).quantile(torch.tensor(QUANTILES, dtype=torch.float64), dim=0).T
 
 
 def _flows(
