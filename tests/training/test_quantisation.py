@@ -14,22 +14,30 @@ from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.clip import Clip, Window
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.fp8 import Fp8Linear
+from flashdrive_node.model.int4 import quantise as round_to_nearest
 from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.model.paroquant import ParoLinear
-from flashdrive_node.model.precision import PRESETS
+from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.training import quantisation
 from flashdrive_node.training.architecture import alpamayo_small
-from flashdrive_node.training.layer_inputs import InputSettings, collect_inputs
-from flashdrive_node.training.quantisation import QuantisationReport, quantisable, quantise_checkpoint
+from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
+from flashdrive_node.training.quantisation import (
+    QuantisationReport,
+    check_head,
+    quantisable,
+    quantise_checkpoint,
+    static_layers,
+)
 from flashdrive_node.training.quantisation_report import markdown, write_report
-from flashdrive_node.training.rotation_fit import FitSettings
+from flashdrive_node.training.rotation_fit import FitSettings, fit
 from flashdrive_node.training.vocabulary import build_tokenizer
 from support.small_models import random_model
 from support.tiny_dimensions import TINY
 
 #: o_proj has 64 columns, which make no group.
 DIMS = TINY | {"layers": 1, "text_hidden": 128, "text_mlp": 128, "text_heads": 4, "kv_heads": 2}
-INPUTS, FITTING = InputSettings(windows=3, stride=1, rows=16), FitSettings(steps=3, rows=16)
+INPUTS, FITTING = InputSettings(windows=3, stride=1, rows=16), FitSettings(steps=3, rounding_steps=3, rows=16)
 
 
 class PaintedClips:
@@ -67,9 +75,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_alpamayo(directory, dtype=torch.float32)
 
 
-def quantise(loaded: LoadedModel, out: Path) -> QuantisationReport:
-    stages = PRESETS["w4a8"]
-    return quantise_checkpoint(loaded, PaintedClips(), stages, out, loaded.info.path / "vlm", INPUTS, FITTING)
+def quantise(
+    loaded: LoadedModel, out: Path, stages: StagePrecision = PRESETS["w4a8"], fitting: FitSettings = FITTING
+) -> QuantisationReport:
+    return quantise_checkpoint(loaded, PaintedClips(), stages, out, loaded.info.path / "vlm", INPUTS, fitting)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +105,7 @@ def test_report(done: tuple[Path, QuantisationReport], tmp_path: Path) -> None:
     assert text == markdown(done[1]) + "\n"
     assert "| language.layers.0.down | 128 x 128 |" in text
     assert "no whole groups: language.layers.0.o_proj" in text
+    assert (tmp_path / "quantisation.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "quantisation.json").read_text())["layers"][0]["rows"] == 128
 
 
@@ -138,5 +148,62 @@ def test_rows_are_of_prompt_and_text_and_of_different_windows(loaded: LoadedMode
 def test_settings_and_models_that_cannot_be_used(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 windows"):
         InputSettings(windows=1)
-    with pytest.raises(InputError, match="4-bit text layers"):
+    with pytest.raises(InputError, match=r"a precision that needs a calibration .* found fp8"):
         quantise_checkpoint(loaded, PaintedClips(), PRESETS["fp8"], tmp_path / "x", None, INPUTS, FITTING)
+    with pytest.raises(InputError, match="a method of paroquant, nearest is required, found 'gptq'"):
+        FitSettings("gptq")
+    with pytest.raises(InputError, match="rounding steps of 0 or more"):
+        FitSettings(rounding_steps=-1)
+
+
+def test_rounding_to_the_nearest_turns_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    report = quantise(loaded, tmp_path / "out", fitting=FitSettings("nearest", rows=16))
+    assert all(layer.error == layer.rotated_error == layer.nearest_error > 0 for layer in report.layers)
+    model = load_alpamayo(tmp_path / "out", dtype=torch.float32).model
+    for layer in report.layers:
+        found = model.get_submodule(layer.layer)
+        assert isinstance(found, ParoLinear)
+        assert found.angles.abs().max() == 0
+        plain = loaded.model.get_submodule(layer.layer).get_parameter("weight")
+        assert torch.equal(found.matrix.codes, round_to_nearest(plain, 128).codes)
+
+
+def test_static_scales_and_a_head_in_four_bits(loaded: LoadedModel, tmp_path: Path) -> None:
+    stages = StagePrecision(vision="fp8_static", expert="fp8_static", lm_head="int4")
+    report = quantise(loaded, tmp_path / "out", stages)
+    assert report.layers == []
+    assert report.static == len(static_layers(loaded.model, stages)) > 8
+    assert report.head is not None
+    assert report.head.tokens > 10
+    assert report.stages["lm_head"] == ("int4" if report.head.changed == 0 else "int8")
+    write_report(report, tmp_path)
+    assert not (tmp_path / "quantisation.png").exists()
+    assert f"changed behind {report.head.changed} of {report.head.tokens} tokens" in markdown(report)
+    model = load_alpamayo(tmp_path / "out", dtype=torch.float32)
+    layer = model.model.vision.blocks[0].fc1
+    assert isinstance(layer, Fp8Linear)
+    assert layer.input_scale is not None
+    prediction = PlainEngine(PlainSettings("loaded", device="cpu"), model).step(_observation(9))
+    assert np.isfinite(prediction.samples[0].xyz).all()
+
+
+@pytest.mark.parametrize(("noise", "kept"), [(0.0, True), (2.0, False)])
+def test_head_is_kept_in_four_bits_where_no_token_changes(loaded: LoadedModel, noise: float, kept: bool) -> None:
+    """States that point along one row of the head are decided by far; states at random are not."""
+    head = loaded.model.language.lm_head
+    generator = torch.Generator().manual_seed(3)
+    rows = head.weight[torch.arange(0, 40)] / head.weight[:40].norm(dim=1, keepdim=True)
+    states = rows + noise * torch.randn(rows.shape, generator=generator)
+    found = check_head(loaded.model, LayerInputs({"language.lm_head": states}, {"language.lm_head": states[:8]}))
+    assert found.tokens == 48
+    assert found.kept == kept == (found.changed == 0)
+
+
+def test_second_stage_lowers_the_error_on_other_inputs() -> None:
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(128, 128, generator=generator) * torch.logspace(0, -2, 128)
+    weight = torch.randn(64, 128, generator=generator) * 0.02
+    inputs, held_out = (torch.randn(rows, 128, generator=generator) @ mix for rows in (600, 200))
+    done = fit(weight, inputs, held_out, FitSettings(steps=30, rounding_steps=60, int8_inputs=False))
+    assert done.error < 0.9 * done.rotated_error
+    assert done.rotated_error <= done.nearest_error

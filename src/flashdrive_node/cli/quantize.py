@@ -1,4 +1,4 @@
-"""``flashdrive quantize``: a checkpoint's text layers in 4 bits, calibrated on windows of its use."""
+"""``flashdrive quantize``: a checkpoint for a precision that is calibrated on windows of its use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashdrive_node.model.source import tokenizer_directory
 from flashdrive_node.training.layer_inputs import InputSettings
 from flashdrive_node.training.quantisation import quantise_checkpoint
 from flashdrive_node.training.quantisation_report import markdown, write_report
-from flashdrive_node.training.rotation_fit import FitSettings
+from flashdrive_node.training.rotation_fit import METHODS, FitSettings
 
 #: Of a clip: two of them, a second apart, with the default stride.
 _CLIP_WINDOWS = 11
@@ -30,13 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         default="w4a8",
         help=f"{', '.join(name for name, stages in PRESETS.items() if stages.four_bits)}, or STAGE=FORMAT,... "
-        "(default: w4a8); what is to have 8 bits is rounded on loading",
+        "(default: w4a8); what is to have 8 bits is rounded on loading, with scales from here where it is fp8_static",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default=fitting.method, help="of rounding to 4 bits (default: paroquant)"
     )
     add_clip_options(parser, _CLIP_WINDOWS)
     parser.add_argument("--limit", type=int, default=windows.windows, help="windows in all (default: 16)")
     parser.add_argument("--stride", type=int, default=windows.stride, help="take every so-manieth (default: 10)")
     parser.add_argument("--rows", type=int, default=windows.rows, help="inputs kept per layer and window (default: 96)")
-    parser.add_argument("--steps", type=int, default=fitting.steps, help="of learning, per layer (default: 100)")
+    parser.add_argument(
+        "--steps", type=int, default=fitting.steps, help="of learning scales and rotations, per layer (default: 100)"
+    )
+    parser.add_argument(
+        "--rounding-steps",
+        type=int,
+        default=fitting.rounding_steps,
+        help="of the second stage, which learns the rounding; 0 leaves it out (default: 100)",
+    )
     parser.add_argument("--rate", type=float, default=fitting.rate, help="of learning (default: 0.03)")
     parser.add_argument("--seed", type=int, default=0, help="of pairs, rows and texts (default: 0)")
     parser.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
@@ -51,7 +62,14 @@ def run(args: argparse.Namespace) -> int:
     source = clip_source(args, engine.torch_device)
     loaded = load_alpamayo(args.checkpoint, engine.torch_device, engine.dtype)
     inputs = InputSettings(args.limit, args.stride, args.rows, args.seed)
-    settings = FitSettings(args.steps, rate=args.rate, int8_inputs=stages.prefill == W4A8, seed=args.seed)
+    settings = FitSettings(
+        args.method,
+        args.steps,
+        args.rounding_steps,
+        rate=args.rate,
+        int8_inputs=stages.prefill == W4A8,
+        seed=args.seed,
+    )
     tokenizer_files = tokenizer_directory(loaded.info.path, loaded.model.config)
     try:
         report = quantise_checkpoint(loaded, source, stages, args.out, tokenizer_files, inputs, settings)

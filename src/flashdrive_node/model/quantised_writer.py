@@ -1,4 +1,4 @@
-"""Writing checkpoints whose text layers have 4 bits, in the generic layout of ParoQuant."""
+"""Writing checkpoints that were calibrated: text layers in 4 bits in ParoQuant's generic layout, and static scales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.int4 import Int4Weight
 from flashdrive_node.model.paro_layouts import GENERIC, write_generic
 from flashdrive_node.model.paroquant import ParoWeight
-from flashdrive_node.model.precision import PRECISION_KEY, StagePrecision
+from flashdrive_node.model.precision import INPUTS_KEY, PRECISION_KEY, StagePrecision
 from flashdrive_node.model.quantised_files import CONFIG_ENTRY, CONFIG_KEY, StoredMatrix
 from flashdrive_node.model.safetensors_file import DTYPES, TensorSpec
 from flashdrive_node.model.state_dict import TensorSlot, release_slots
@@ -29,6 +29,7 @@ def save_quantised(
     directory: Path,
     tokenizer_files_dir: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    largest_inputs: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a model, some of its linear layers in 4 bits and everything else in bfloat16.
 
@@ -43,6 +44,7 @@ def save_quantised(
         directory: New or empty directory.
         tokenizer_files_dir: Where tokenizer files are copied from.
         max_shard_bytes: Largest tensor data per file.
+        largest_inputs: By linear layer, for static scales; written into the configuration.
 
     Raises:
         CheckpointError: The directory is in use.
@@ -58,7 +60,9 @@ def save_quantised(
         for name, stored in StoredMatrix(slot, GENERIC).slots().items():
             dtype = DTYPES[stored.types[0]]
             specs.append(TensorSpec(stored.name, stored.shape, dtype, partial(_stored_tensor, layer, slot, name)))
-    raw = config.raw | {CONFIG_KEY: dict(CONFIG_ENTRY), PRECISION_KEY: stages.as_dict()}
+    raw = config.raw | {PRECISION_KEY: stages.as_dict()}
+    raw |= {CONFIG_KEY: dict(CONFIG_ENTRY)} if layers else {}
+    raw |= {INPUTS_KEY: dict(largest_inputs)} if largest_inputs else {}
     return write_checkpoint(
         specs, replace(config, raw=raw), directory, max_shard_bytes, torch.bfloat16, tokenizer_files_dir
     )

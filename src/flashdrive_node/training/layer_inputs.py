@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class LayerInputs:
 
     fit: dict[str, Tensor]
     held_out: dict[str, Tensor]
+    #: Size of the largest input of other layers, over all windows.
+    largest: dict[str, float] = field(default_factory=dict)
 
 
 class _Recorder:
@@ -77,8 +79,26 @@ class _Recorder:
         return {name: torch.cat(parts) for name, parts in self.kept.items()}
 
 
+class _Largest:
+    """Keeps the size of the largest input of every layer."""
+
+    def __init__(self) -> None:
+        self.met: dict[str, Tensor] = {}
+
+    def take(self, name: str, x: Tensor) -> None:
+        largest = x.abs().amax().float()
+        self.met[name] = torch.maximum(self.met.get(name, largest), largest)
+
+    def values(self) -> dict[str, float]:
+        return {name: float(largest) for name, largest in self.met.items()}
+
+
 def collect_inputs(
-    loaded: LoadedModel, source: ClipSource, layers: Sequence[str], settings: InputSettings
+    loaded: LoadedModel,
+    source: ClipSource,
+    layers: Sequence[str],
+    settings: InputSettings,
+    measured: Sequence[str] = (),
 ) -> LayerInputs:
     """Let a model answer windows, and keep rows of what its layers were given.
 
@@ -87,6 +107,7 @@ def collect_inputs(
         source: Windows to drive over.
         layers: Names of linear layers in the model.
         settings: Which rows.
+        measured: Names of linear layers whose largest input is wanted.
 
     Raises:
         InputError: Fewer than two windows.
@@ -94,19 +115,23 @@ def collect_inputs(
     """
     engine = PlainEngine(PlainSettings("loaded", device=str(loaded.model.device), seed=settings.seed), loaded)
     fit, held_out = _Recorder(settings.rows, settings.seed), _Recorder(settings.rows, settings.seed + 1)
+    largest = _Largest()
     count = 0
     with tqdm(total=settings.windows, desc="driving", unit="window") as bar:
         for window in _windows(source, settings):
             recorder = held_out if count % 4 == 1 else fit
             recorder.next_window()
-            with _recorded(loaded.model, layers, recorder):
+            watched = {name: [largest.take] for name in measured} | {
+                name: [recorder.take, *([largest.take] if name in measured else [])] for name in layers
+            }
+            with _recorded(loaded.model, watched):
                 engine.step(window.observation)
             count += 1
             bar.update()
         bar.total = count  # the limit may be more than there is
     if count < 2:
         raise InputError(f"{source.name}: 2 windows to calibrate on are required, found {count}")
-    return LayerInputs(fit.joined(), held_out.joined())
+    return LayerInputs(fit.joined(), held_out.joined(), largest.values())
 
 
 def _windows(source: ClipSource, settings: InputSettings) -> Iterator[Window]:
@@ -128,11 +153,17 @@ def _windows(source: ClipSource, settings: InputSettings) -> Iterator[Window]:
 
 
 @contextmanager
-def _recorded(model: nn.Module, layers: Sequence[str], recorder: _Recorder) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda _, inputs: recorder.take(name, inputs[0].detach().flatten(0, -2))
+def _recorded(model: nn.Module, watched: Mapping[str, Sequence[Callable[[str, Tensor], None]]]) -> Iterator[None]:
+    """Show the inputs of layers, as rows, to those who watch them."""
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    def hook(name: str) -> Any:
+        def show(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for take in watched[name]:
+                take(name, inputs[0].detach().flatten(0, -2))
+
+        return show
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watched]
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""Quantises the text layers of a checkpoint, one after the other; what is done is kept if it is interrupted."""
+"""Calibrates a checkpoint for a precision: text layers in 4 bits, one after the other, static scales, the head.
+
+What is done is kept if it is interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,20 @@ from flashdrive_node.evaluation.clip import ClipSource
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.int4 import Int4Weight
+from flashdrive_node.model.int4_linear import Int4Linear
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.paro_layouts import GROUP_SIZE
 from flashdrive_node.model.paroquant import ParoWeight
-from flashdrive_node.model.precision import W4A8, StagePrecision
+from flashdrive_node.model.precision import BF16, FP8_STATIC, INT4, INT8, StagePrecision
 from flashdrive_node.model.quantised_writer import save_quantised
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
 from flashdrive_node.training.rotation_fit import Fit, FitSettings, fit
 
 logger = logging.getLogger(__name__)
 
-_TEXT_LAYERS = "language.layers."
+_TEXT_LAYERS, _HEAD = "language.layers.", "language.lm_head"
+#: States that the head is checked with at once.
+_HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,20 @@ class LayerError:
     rows: int
     columns: int
     error: float
+    #: Before the second stage, which learns the rounding.
+    rotated_error: float
     #: Of rounding to the nearest without scales and rotation.
     nearest_error: float
+
+
+@dataclass(frozen=True)
+class HeadCheck:
+    """The output head in 4 bits against the original: the likeliest token behind every token of the windows' texts."""
+
+    tokens: int
+    changed: int
+    #: Whether 4 bits were kept; else the head has 8.
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,9 @@ class QuantisationReport:
     layers: list[LayerError]
     #: Text layers that keep their weights because their shape does not fit groups.
     left_out: list[str]
+    #: Layers with a static scale for their inputs.
+    static: int = 0
+    head: HeadCheck | None = None
 
 
 def quantise_checkpoint(
@@ -69,7 +90,7 @@ def quantise_checkpoint(
     inputs: InputSettings,
     settings: FitSettings,
 ) -> QuantisationReport:
-    """Fit every text layer and write the checkpoint.
+    """Fit every text layer that is to have 4 bits, measure what else the precision needs, and write the checkpoint.
 
     Finished layers lie in ``DIRECTORY.parts`` until the checkpoint is written; a second call with the same model and
     settings takes them from there.
@@ -77,7 +98,7 @@ def quantise_checkpoint(
     Args:
         loaded: The model, with plain layers.
         source: Windows to calibrate on.
-        stages: What it is quantised for; prefill or decode has 4 bits.
+        stages: What it is quantised for; something in it needs a calibration.
         directory: New or empty directory.
         tokenizer_files_dir: Where tokenizer files are copied from.
         inputs, settings: How to calibrate.
@@ -86,26 +107,35 @@ def quantise_checkpoint(
         InputError: Nothing that could be quantised, or too few windows.
         CheckpointError: The directory is in use.
     """
-    names, left_out = quantisable(loaded.model)
-    if not stages.four_bits or not names:
+    fitting, left_out = quantisable(loaded.model)
+    names = fitting if stages.four_bits else []
+    static = static_layers(loaded.model, stages)
+    wanted = [*names, *static, *([_HEAD] if stages.lm_head == INT4 else [])]
+    if not wanted or (stages.four_bits and not names):
         raise InputError(
-            f"a precision with 4-bit text layers and a model with layers of {GROUP_SIZE}-column groups are required, "
-            f"found {stages.decode} and {len(names)} such layers"
+            f"a precision that needs a calibration (4 bits or {FP8_STATIC}) and a model with layers of "
+            f"{GROUP_SIZE}-column groups are required, found {stages.name or BF16} and {len(fitting)} such layers"
         )
     identity = {
         "sha256": loaded.info.sha256,
         "source": source.name,
-        "int8": stages.prefill == W4A8,
         "inputs": asdict(inputs),
         "fit": asdict(settings),
     }
     parts = _Parts(directory.with_name(f"{directory.name}.parts"), identity)
-    fits = _fit_layers(loaded, source, names, parts, inputs, settings)
+    fits = {name: done for name in names if (done := parts.read(name)) is not None}
+    met = _met(loaded, source, [name for name in wanted if name not in fits], static, inputs)
+    fits = _fit_layers(loaded.model, names, fits, parts, met, settings)
+    head = check_head(loaded.model, met) if stages.lm_head == INT4 else None
+    if head is not None and not head.kept:
+        stages = replace(stages, lm_head=INT8)
     layers = {name: done.weight for name, done in fits.items()}
-    save_quantised(loaded.model, layers, stages, loaded.model.config, directory, tokenizer_files_dir)
+    config = loaded.model.config
+    save_quantised(loaded.model, layers, stages, config, directory, tokenizer_files_dir, largest_inputs=met.largest)
     parts.remove()
     errors = [
-        LayerError(name, *done.weight.matrix.shape, done.error, done.nearest_error) for name, done in fits.items()
+        LayerError(name, *done.weight.matrix.shape, done.error, done.rotated_error, done.nearest_error)
+        for name, done in fits.items()
     ]
     return QuantisationReport(
         checkpoint=str(loaded.info.path),
@@ -115,8 +145,42 @@ def quantise_checkpoint(
         inputs=asdict(inputs),
         fit=asdict(settings),
         layers=errors,
-        left_out=left_out,
+        left_out=left_out if names else [],
+        static=len(static),
+        head=head,
     )
+
+
+def static_layers(model: Alpamayo, stages: StagePrecision) -> list[str]:
+    """Names of the linear layers whose inputs get a static scale."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and stages.format_of(name) == FP8_STATIC
+    ]
+
+
+@torch.no_grad()
+def check_head(model: Alpamayo, met: LayerInputs) -> HeadCheck:
+    """Whether greedy texts stay what they are with the head in 4 bits.
+
+    They do if no state that the head met has another likeliest token, because each text is then the same token by
+    token. Trajectory tokens, which are never generated, do not count.
+
+    Args:
+        model: With a plain head.
+        met: With rows of the head's inputs.
+    """
+    rows = torch.cat((met.fit[_HEAD], met.held_out[_HEAD])).to(model.device, model.dtype)
+    tokens = model.config.tokens
+    head = model.language.lm_head
+    small, changed = Int4Linear(head), 0
+    for part in rows.split(_HEAD_ROWS):
+        exact, found = (module(part).float() for module in (head, small))
+        for logits in (exact, found):
+            logits[:, tokens.traj_token_start : tokens.traj_token_start + tokens.traj_vocab_size] = -torch.inf
+        changed += int((exact.argmax(dim=-1) != found.argmax(dim=-1)).sum())
+    return HeadCheck(len(rows), changed, kept=changed == 0)
 
 
 def quantisable(model: Alpamayo) -> tuple[list[str], list[str]]:
@@ -137,30 +201,46 @@ def _fused_rows(model: Alpamayo, name: str) -> Sequence[int]:
     return parts.get(name.rpartition(".")[2], (text.hidden_size,))
 
 
-def _fit_layers(
+def _met(
     loaded: LoadedModel,
     source: ClipSource,
-    names: Sequence[str],
-    parts: _Parts,
+    left: Sequence[str],
+    static: Sequence[str],
     inputs: InputSettings,
+) -> LayerInputs:
+    """Inputs of the layers that are left to do; nothing is driven where none is."""
+    if not left:
+        return LayerInputs({}, {})
+    return collect_inputs(loaded, source, [name for name in left if name not in static], inputs, static)
+
+
+def _fit_layers(
+    model: Alpamayo,
+    names: Sequence[str],
+    done: Mapping[str, Fit],
+    parts: _Parts,
+    met: LayerInputs,
     settings: FitSettings,
 ) -> dict[str, Fit]:
-    fits = {name: done for name in names if (done := parts.read(name)) is not None}
-    left = [name for name in names if name not in fits]
-    if fits:
-        logger.info("%d of %d layers are done, from %s", len(fits), len(names), parts.directory)
-    met = collect_inputs(loaded, source, left, inputs) if left else LayerInputs({}, {})
-    with tqdm(total=len(names) * settings.steps, initial=len(fits) * settings.steps, unit="step") as bar:
+    """Fits of all layers, in order; `done` are those that were there already."""
+    if done:
+        logger.info("%d of %d layers are done, from %s", len(done), len(names), parts.directory)
+    fits, each = dict(done), max(settings.total_steps, 1)
+    with tqdm(total=len(names) * each, initial=len(fits) * each, unit="step", disable=not names) as bar:
 
         def progress(step: int, error: float) -> None:
             bar.update()
             bar.set_postfix(error=f"{error:.4f}", refresh=False)
 
-        for name in left:
+        for name in names:
+            if name in fits:
+                continue
             bar.set_description(name.removeprefix(_TEXT_LAYERS))
-            device = loaded.model.device
-            weight = loaded.model.get_submodule(name).get_parameter("weight").detach()
-            fits[name] = fit(weight, met.fit[name].to(device), met.held_out[name].to(device), settings, progress)
+            weight = model.get_submodule(name).get_parameter("weight").detach()
+            rows = (met.fit[name].to(model.device), met.held_out[name].to(model.device))
+            fits[name] = fit(weight, *rows, settings, progress)
+            if not settings.total_steps:
+                bar.update()
             parts.write(name, fits[name])
     return {name: fits[name] for name in names}
 
@@ -177,7 +257,7 @@ class _Parts:
         self.directory.mkdir(parents=True, exist_ok=True)
         tensors = dict(zip(ParoWeight._fields[:3], done.weight[:3], strict=True))
         tensors |= dict(zip(Int4Weight._fields, done.weight.matrix, strict=True))
-        tensors["errors"] = torch.tensor([done.error, done.nearest_error], dtype=torch.float64)
+        tensors["errors"] = torch.tensor([done.error, done.rotated_error, done.nearest_error], dtype=torch.float64)
         path = self._path(name)
         partial = path.with_suffix(".partial")
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial)
@@ -189,9 +269,9 @@ class _Parts:
         if not path.is_file():
             return None
         tensors: dict[str, Tensor] = load_file(path)
-        error, nearest_error = tensors.pop("errors").tolist()
+        errors = tensors.pop("errors").tolist()
         matrix = Int4Weight(*(tensors.pop(key) for key in Int4Weight._fields))
-        return Fit(ParoWeight(**tensors, matrix=matrix), error, nearest_error)
+        return Fit(ParoWeight(**tensors, matrix=matrix), *errors)
 
     def remove(self) -> None:
         """All layers are where they belong."""

@@ -1,8 +1,8 @@
-"""Finds the channel scales and pair rotations under which a linear layer loses least by 4-bit weights.
+"""Finds the channel scales, pair rotations and rounding under which a linear layer loses least by 4-bit weights.
 
 As in ParoQuant (arXiv 2511.10645) the pairs are drawn at random and the angles and scales learned, through the rounding
 by straight-through gradients, on inputs that the layer met. Layers that share an input are fitted as one matrix, so
-one rotated input serves them all.
+one rotated input serves them all. A second stage learns the rounding behind the rotation (`rounding_fit`).
 """
 
 from __future__ import annotations
@@ -19,30 +19,50 @@ from flashdrive_node.model.givens import pair_index, random_pairs, rotate_by_blo
 from flashdrive_node.model.int4 import LEVELS, quantise
 from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
 from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear, ParoWeight, round_tokens
+from flashdrive_node.training.rounding_fit import refine, relative_loss, straight_round
 
 #: Logarithm of the largest scale of a channel: beyond it float16 and int8 activations lose more than weights gain.
 _LARGEST_LOG_SCALE = 4.0
+
+
+#: Ways to round, and the rows of the calibration that choose between them: the last fifth, which is of other windows.
+PAROQUANT, NEAREST = METHODS = ("paroquant", "nearest")
+_CHOOSING = 5
 
 
 @dataclass(frozen=True)
 class FitSettings:
     """How long and how fast is learned."""
 
+    #: "paroquant", or "nearest": plain rounding to the nearest, without scales, rotation and learning.
+    method: str = "paroquant"
+    #: Of scales and rotations, and then of the rounding; 0 leaves that out.
     steps: int = 100
+    rounding_steps: int = 100
     #: Inputs of a step.
     rows: int = 256
     #: Of angles (radians) and logarithms of scales, falling to a twentieth.
     rate: float = 0.03
+    #: Of the weights, in steps of their groups, falling to nothing.
+    rounding_rate: float = 0.02
     #: Inputs are rounded to int8, as in the use that is meant.
     int8_inputs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1 or not self.rate > 0:
+        if self.method not in METHODS:
+            raise InputError(f"a method of {', '.join(METHODS)} is required, found {self.method!r}")
+        rates = (self.rate, self.rounding_rate)
+        if self.steps < 1 or self.rounding_steps < 0 or self.rows < 1 or not all(rate > 0 for rate in rates):
             raise InputError(
-                "rotation fit: positive steps, rows and rate are required, "
-                f"found {self.steps}, {self.rows} and {self.rate}"
+                "rotation fit: positive steps, rows and rates are required, and rounding steps of 0 or more, "
+                f"found {self.steps}, {self.rows}, {self.rate}, {self.rounding_rate} and {self.rounding_steps}"
             )
+
+    @property
+    def total_steps(self) -> int:
+        """Of one layer."""
+        return self.steps + self.rounding_steps if self.method == PAROQUANT else 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,8 @@ class Fit:
 
     weight: ParoWeight
     error: float
+    #: Before the second stage.
+    rotated_error: float
     #: Of the same groups rounded to the nearest, without scales and rotation.
     nearest_error: float
 
@@ -72,7 +94,8 @@ def fit(
         progress: Called with the step and its relative error.
 
     Returns:
-        The best of what was met, by the error on `inputs`; plain rounding to the nearest is among it.
+        The best of what was met, by the error on inputs that were not learned from; plain rounding to the nearest is
+        among it.
 
     Raises:
         InputError: A shape that 4 bits do not take, or inputs that are not finite.
@@ -85,13 +108,26 @@ def fit(
     generator = torch.Generator().manual_seed(settings.seed)
     pairs = random_pairs(columns, ROUNDS, GROUP_SIZE, generator).to(weight.device)
     weight, inputs, held_out = weight.float(), inputs.float(), held_out.float()
-    nearest = _quantised(weight, pairs, torch.zeros(ROUNDS, columns // 2), torch.zeros(columns))
-    best, best_error = nearest, output_error(nearest, weight, inputs, settings)
-    angles, log_scales = _learn(weight, pairs, inputs, settings, generator, progress)
-    learned = _quantised(weight, pairs, angles, log_scales)
-    if output_error(learned, weight, inputs, settings) < best_error:
-        best = learned
-    return Fit(best, output_error(best, weight, held_out, settings), output_error(nearest, weight, held_out, settings))
+    nearest, _ = _quantised(weight, pairs, torch.zeros(ROUNDS, columns // 2), torch.zeros(columns))
+    nearest_error = output_error(nearest, weight, held_out, settings)
+    if settings.method == NEAREST:
+        return Fit(nearest, nearest_error, nearest_error, nearest_error)
+    count = max(1, len(inputs) - len(inputs) // _CHOOSING)
+    learning, choosing = inputs[:count], inputs[count:] if count < len(inputs) else inputs
+
+    def better(one: ParoWeight, other: ParoWeight) -> ParoWeight:
+        one_error, other_error = (output_error(layer, weight, choosing, settings) for layer in (one, other))
+        return other if other_error < one_error else one
+
+    angles, log_scales = _learn(weight, pairs, learning, settings, generator, progress)
+    learned, turned = _quantised(weight, pairs, angles, log_scales)
+    rotated = better(nearest, learned)
+    best = rotated
+    if settings.rounding_steps:
+        refined = _refine(learned, turned, weight, learning, settings, generator, progress)
+        best = better(rotated, refined)
+    error, rotated_error = (output_error(layer, weight, held_out, settings) for layer in (best, rotated))
+    return Fit(best, error, rotated_error, nearest_error)
 
 
 def output_error(layer: ParoWeight, weight: Tensor, inputs: Tensor, settings: FitSettings) -> float:
@@ -116,8 +152,7 @@ def _learn(
     optimiser = torch.optim.Adam([angles, log_scales], lr=settings.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps, settings.rate / 20)
     for step in range(settings.steps):
-        chosen = torch.randint(len(inputs), (min(settings.rows, len(inputs)),), generator=generator).to(weight.device)
-        x = inputs[chosen]
+        x = _some(inputs, settings, generator)
         scales = log_scales.exp()
         blocks = rotation_blocks(index, angles, GROUP_SIZE)
         turned = rotate_by_blocks(x / scales, blocks)
@@ -126,7 +161,7 @@ def _learn(
             turned = turned + (q * token_scales - turned.detach())
         exact = linear(x, weight)
         found = linear(turned, _round_through(rotate_by_blocks(weight * scales, blocks)))
-        loss = (found - exact).square().sum() / exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        loss = relative_loss(found, exact)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -138,23 +173,48 @@ def _learn(
     return angles.detach(), log_scales.detach()
 
 
+def _refine(
+    layer: ParoWeight,
+    turned: Tensor,
+    weight: Tensor,
+    inputs: Tensor,
+    settings: FitSettings,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None] | None,
+) -> ParoWeight:
+    """The second stage (`refine`), on inputs behind the rotation that was found."""
+    module = ParoLinear(layer)
+
+    def batch(_: int) -> tuple[Tensor, Tensor]:
+        x = _some(inputs, settings, generator)
+        rotated = module.rotated(x)
+        if settings.int8_inputs:
+            q, scale = round_tokens(rotated)
+            rotated = q * scale
+        return rotated, linear(x, weight)
+
+    return refine(layer, turned, batch, settings.rounding_steps, settings.rounding_rate, progress)
+
+
+def _some(inputs: Tensor, settings: FitSettings, generator: torch.Generator) -> Tensor:
+    """Rows for one step, drawn at random."""
+    chosen = torch.randint(len(inputs), (min(settings.rows, len(inputs)),), generator=generator)
+    return inputs[chosen.to(inputs.device)]
+
+
 def _round_through(weight: Tensor) -> Tensor:
     """Weights rounded in groups; gradients pass the rounding, and stop where a code is at its limit."""
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
     low, high = groups.amin(dim=-1, keepdim=True).clamp(max=0), groups.amax(dim=-1, keepdim=True).clamp(min=0)
     scales = (high - low).clamp(min=1e-5) / LEVELS
-    zeros = (-_straight_round(low / scales)).clamp(0, LEVELS)
-    codes = (_straight_round(groups / scales) + zeros).clamp(0, LEVELS)
+    zeros = (-straight_round(low / scales)).clamp(0, LEVELS)
+    codes = (straight_round(groups / scales) + zeros).clamp(0, LEVELS)
     return ((codes - zeros) * scales).flatten(1)
 
 
-def _straight_round(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach()
-
-
-def _quantised(weight: Tensor, pairs: Tensor, angles: Tensor, log_scales: Tensor) -> ParoWeight:
-    """The layer with scales and angles as files hold them, and its weight rounded under those."""
+def _quantised(weight: Tensor, pairs: Tensor, angles: Tensor, log_scales: Tensor) -> tuple[ParoWeight, Tensor]:
+    """The layer with scales and angles as files hold them and its weight rounded to the nearest, and that before."""
     angles = angles.half().to(weight.device)
     input_scales = (-log_scales).exp().half().to(weight.device)
     turned = rotate_pairs(weight / input_scales.float(), pair_index(pairs, GROUP_SIZE), angles.float())
-    return ParoWeight(pairs, angles, input_scales, quantise(turned, GROUP_SIZE))
+    return ParoWeight(pairs, angles, input_scales, quantise(turned, GROUP_SIZE)), turned
