@@ -92,6 +92,9 @@ def test_values_that_contradict_each_other_are_refused():
         with pytest.raises(ParameterError, match="device"):
             parameters_from({"device": device})
     assert parameters_from({"device": "cuda:1"}).device == "cuda:1"
+    with pytest.raises(ParameterError, match="'ingest' must be false with engine 'plain'"):
+        parameters_from({"ingest": True})
+    assert parameters_from({"ingest": True, "engine": "streaming"}).ingest
 
 
 def test_descriptors_show_range_unit_and_read_only_flag():

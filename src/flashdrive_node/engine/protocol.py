@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,4 +159,22 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device. ``load`` may be called again afterwards."""
+        ...
+
+
+@runtime_checkable
+class TakesFramesAhead(Protocol):
+    """What an engine may do besides: take frames of the coming window as they come, so that `step` waits for less."""
+
+    def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> None:
+        """Take one frame, between two steps; what no window brings later is forgotten.
+
+        Args:
+            camera_index: As in `CameraFrames`.
+            stamp_ns: Of the frame, newer than that camera's frames of the last window.
+            image: RGB, uint8 [height, width, 3].
+
+        Raises:
+            EngineError: The frame cannot be used. The engine is reset and usable.
+        """
         ...

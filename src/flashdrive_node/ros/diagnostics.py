@@ -13,10 +13,10 @@ from typing import Any
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
 from flashdrive_node.runtime.frames import Refusal
+from flashdrive_node.runtime.outcome import WorkerStatus
 from flashdrive_node.runtime.pipeline import CameraStatus, PipelineStatus
 from flashdrive_node.runtime.rig import CameraSpec
 from flashdrive_node.runtime.timing import StageStatistics
-from flashdrive_node.runtime.worker import WorkerStatus
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 

@@ -161,6 +161,9 @@ class Parameters:
         "", "Flow steps to evaluate, such as 8:0,1,2,7 or 8:0,1,2,7:linear; empty evaluates all flow_steps"
     )
     shared_text: bool = _parameter(False, "One reasoning for all samples in place of one each")
+    ingest: bool = _parameter(
+        False, "Compute each camera's frame as it comes, so that an answer waits for the last camera alone"
+    )
     # Inputs
     rig: str = _parameter("sample", "Camera rig: name of a file in params/rigs, or a path to one", AT_START)
     frame_interval_s: float = _parameter(0.1, "Time between the four frames of a camera", span=(0.02, 1.0), unit="s")
@@ -274,6 +277,10 @@ def _contradictions(parameters: Parameters) -> list[str]:
         problems.append(
             f"parameter 'frame_tolerance_s' must be at most half of 'frame_interval_s' "
             f"({parameters.frame_interval_s:g} s), found {parameters.frame_tolerance_s:g} s"
+        )
+    if parameters.ingest and parameters.engine != "streaming":
+        problems.append(
+            f"parameter 'ingest' must be false with engine '{parameters.engine}', which takes whole windows; found true"
         )
     device = parameters.device.removeprefix("cuda:")
     if parameters.device not in ("auto", "cpu", "cuda") and not (device != parameters.device and device.isdecimal()):

@@ -18,6 +18,7 @@ def pipeline_settings(parameters: Parameters) -> PipelineSettings:
             min_period_s=parameters.min_period_s,
         ),
         ego=EgoRule(max_gap_s=parameters.max_odometry_gap_s, max_extrapolation_s=parameters.max_extrapolation_s),
+        ingest=parameters.ingest,
         hang_timeout_s=parameters.hang_timeout_s,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flashdrive_node.engine.protocol import Observation, Prediction
 from flashdrive_node.runtime.ego_history import EgoWindow
-from flashdrive_node.runtime.worker import OutcomeKind
+from flashdrive_node.runtime.outcome import OutcomeKind
 
 
 @dataclass(frozen=True, eq=False)

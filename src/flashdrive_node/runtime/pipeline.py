@@ -14,8 +14,9 @@ from flashdrive_node.runtime.assembly import build_observation
 from flashdrive_node.runtime.decode_pool import DecodePool
 from flashdrive_node.runtime.delivery import Delivery
 from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
-from flashdrive_node.runtime.frames import DropCause, FrameWindow, Refusal
+from flashdrive_node.runtime.frames import DropCause, Frame, FrameWindow, Refusal
 from flashdrive_node.runtime.observation import OdometrySample, RawImage
+from flashdrive_node.runtime.outcome import Outcome, State
 from flashdrive_node.runtime.pipeline_settings import PipelineSettings
 from flashdrive_node.runtime.pipeline_status import (
     CameraStatus,
@@ -26,7 +27,7 @@ from flashdrive_node.runtime.pipeline_status import (
 )
 from flashdrive_node.runtime.rig import Rig
 from flashdrive_node.runtime.ring_buffer import RingBuffer
-from flashdrive_node.runtime.worker import EngineWorker, Outcome, State
+from flashdrive_node.runtime.worker import EngineWorker
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,12 @@ class Pipeline:
         notes.received_ns = image.received_ns
         if insertion.disorder >= DISORDER_REPORTED:
             notes.complain(f"stamps do not increase: the last {insertion.disorder} came before the newest one")
-        if self.worker.ready and self._ring.wanted(insertion.frame):
-            self._pool.schedule(insertion.frame)
+        frame = insertion.frame
+        if self.worker.ready and self._ring.wanted(frame):
+            if self.settings.ingest:
+                self._pool.when_decoded([frame], lambda: self._offer_ahead(frame))
+            else:
+                self._pool.schedule(frame)
         self._advance(now_ns)
 
     def refuse_image(self, camera_index: int, text: str, cause: DropCause = "invalid") -> None:
@@ -231,6 +236,12 @@ class Pipeline:
             self._ring.take(window)
             self._decoding = claim = _Claim(window, ego, self._epoch, time.monotonic_ns())
         self._pool.when_decoded(window.frames, lambda: self._decoded(claim))
+
+    def _offer_ahead(self, frame: Frame) -> None:
+        """Give a decoded frame to the engine, unless a window that holds it is on its way there already."""
+        with self._lock:
+            if self._active and not frame.pending and not frame.evicted and frame.pixels is not None:
+                self.worker.ingest(frame.camera_index, frame.stamp_ns, frame.pixels)
 
     def _discard_broken(self, window: FrameWindow) -> bool:
         """Remove the frames that could not be decoded; whether there were any."""

@@ -21,5 +21,7 @@ class PipelineSettings:
     refuse_frozen: bool = True
     #: A t0 this much later than the one before means that the stream is interrupted: the engine is reset.
     max_t0_gap_s: float = 1.0
+    #: Give frames to the engine as they come, where it can take them ahead of their window.
+    ingest: bool = False
     hang_timeout_s: float = 5.0
     reload_after_failures: int = 3

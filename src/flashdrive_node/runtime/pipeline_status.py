@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flashdrive_node.runtime.frames import DropCause, FrameAccount, Refusal
-from flashdrive_node.runtime.worker import WorkerStatus
+from flashdrive_node.runtime.outcome import WorkerStatus
 
 
 @dataclass

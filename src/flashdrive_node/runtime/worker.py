@@ -10,49 +10,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Condition, Thread
-from typing import Literal
 
-from flashdrive_node.engine.protocol import Engine, EngineInfo, Observation, Prediction
+import numpy as np
+from numpy.typing import NDArray
+
+from flashdrive_node.engine.protocol import Engine, EngineInfo, Observation, Prediction, TakesFramesAhead
+from flashdrive_node.runtime.frames_ahead import FrameAhead, FramesAhead
+from flashdrive_node.runtime.outcome import Outcome, OutcomeKind, State, WorkerStatus
 
 logger = logging.getLogger(__name__)
-
-State = Literal["idle", "loading", "warming", "ready", "busy", "failed", "closed"]
-#: result: a prediction. superseded: a newer observation took its place before it started. discarded: it was finished
-#: or waiting when a reset came. failed: the engine raised. closed: the worker ended first.
-OutcomeKind = Literal["result", "superseded", "discarded", "failed", "closed"]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What became of one submitted observation; every one of them ends in exactly one outcome."""
-
-    kind: OutcomeKind
-    observation: Observation
-    prediction: Prediction | None
-    #: Why, for every kind but "result".
-    text: str
-    #: ``time.monotonic_ns()`` at submission, at the start of the step and at its end; 0 where it never started.
-    submitted_ns: int
-    started_ns: int
-    finished_ns: int
-
-
-@dataclass(frozen=True)
-class WorkerStatus:
-    """Snapshot for diagnostics."""
-
-    state: State
-    #: A step runs longer than the hang timeout; then ``step_s`` says how long.
-    hanging: bool
-    step_s: float
-    #: Progress of loading, 0 to 1, and what is being done or what failed.
-    progress: float
-    text: str
-    info: EngineInfo | None
-    #: Numbers of outcomes by kind, of engine loads and of steps started.
-    counts: dict[str, int]
-    consecutive_failures: int
-    last_error: str
 
 
 @dataclass(eq=False)
@@ -90,7 +56,10 @@ class EngineWorker:
         self._wake = Condition()
         self._state: State = "idle"
         self._queued: _Job | None = None
-        self._running: _Job | None = None
+        # What the engine is at since then, 0 for nothing: for the watch on hanging steps.
+        self._busy_since_ns = 0
+        self._ahead = FramesAhead()
+        self._takes_frames = False
         self._epoch = 0
         self._pending_reset: str | None = None
         self._closing = False
@@ -117,10 +86,31 @@ class EngineWorker:
                 return False
             replaced, self._queued = self._queued, _Job(observation, self._epoch, time.monotonic_ns())
             self._counts["submitted"] += 1
+            self._ahead.expect(observation)
             self._wake.notify()
         if replaced is not None:
             self._finish(replaced, "superseded", text=f"window {observation.window_id} took its place")
         return True
+
+    def ingest(self, camera_index: int, stamp_ns: int, image: NDArray[np.uint8]) -> bool:
+        """Offer a decoded frame of the coming window, which the engine may take before the window is complete.
+
+        It does so between two steps, and never while a window waits, which brings its frames itself.
+
+        Args:
+            camera_index: Of the frame's camera.
+            stamp_ns: Header stamp.
+            image: RGB, uint8 [height, width, 3], which nobody changes any more.
+
+        Returns:
+            False where the frame will come with its window alone: the engine takes none ahead, or a newer one was here.
+        """
+        with self._wake:
+            if not self.ready or self._closing or not self._takes_frames:
+                return False
+            kept = self._ahead.add(FrameAhead(camera_index, stamp_ns, image, self._epoch))
+            self._wake.notify()
+        return kept
 
     def reset(self, reason: str) -> None:
         """Discard what is queued or running and have the engine forget its streaming state before the next step."""
@@ -129,13 +119,14 @@ class EngineWorker:
             self._pending_reset = reason
             self._counts["resets"] += 1
             queued, self._queued = self._queued, None
+            self._ahead.clear()
         if queued is not None:
             self._finish(queued, "discarded", text=f"reset: {reason}")
 
     def status(self) -> WorkerStatus:
         """Current snapshot; never blocks on a running step."""
         with self._wake:
-            step_s = (time.monotonic_ns() - self._running.started_ns) / 1e9 if self._running else 0.0
+            step_s = (time.monotonic_ns() - self._busy_since_ns) / 1e9 if self._busy_since_ns else 0.0
             return WorkerStatus(
                 state=self._state,
                 hanging=step_s > self._hang_timeout_s,
@@ -173,8 +164,11 @@ class EngineWorker:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing)
         else:
-            while (job := self._next_job()) is not None:
-                self._step(engine, job)
+            while (task := self._next_task()) is not None:
+                if isinstance(task, _Job):
+                    self._step(engine, task)
+                else:
+                    self._take_ahead(engine, task)
                 if self._failures >= self._reload_after and not self._closing:
                     self._reload(engine)
         if engine is not None:
@@ -192,6 +186,7 @@ class EngineWorker:
         self._set_state("warming")
         engine.warm_up(self._report)
         self._failures = 0
+        self._takes_frames = isinstance(engine, TakesFramesAhead)
         self._report(1.0, "ready")
         self._set_state("ready")
 
@@ -209,15 +204,18 @@ class EngineWorker:
                 self._wake.wait_for(lambda: self._closing, timeout=pause_s)
             pause_s = min(2 * pause_s, 60.0)
 
-    def _next_job(self) -> _Job | None:
+    def _next_task(self) -> _Job | FrameAhead | None:
+        """The waiting window, or else a frame of the next one; None at the end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._queued is not None or self._closing)
+            self._wake.wait_for(lambda: self._queued is not None or self._closing or self._ahead.pending())
             if self._closing:
                 return None
+            self._busy_since_ns = time.monotonic_ns()
             job, self._queued = self._queued, None
-            assert job is not None
-            job.started_ns = time.monotonic_ns()
-            self._running = job
+            if job is None:
+                return self._ahead.pop()
+            self._ahead.begin()
+            job.started_ns = self._busy_since_ns
             self._counts["steps"] += 1
         self._set_state("busy")
         return job
@@ -229,7 +227,7 @@ class EngineWorker:
             # A reset that came since the job was taken must stay pending, or this window would enter the new stream.
             stale = job.epoch != self._epoch
             if stale:
-                self._running = None
+                self._busy_since_ns = 0
                 job.started_ns = 0
             else:
                 reason, self._pending_reset = self._pending_reset, None
@@ -249,7 +247,7 @@ class EngineWorker:
             )
             self._recover(engine, error, text)
         with self._wake:
-            self._running = None
+            self._busy_since_ns = 0
             overtaken = job.epoch != self._epoch
             if prediction is not None:
                 self._failures = 0
@@ -260,6 +258,26 @@ class EngineWorker:
             self._finish(job, "failed", text=text)
         else:
             self._finish(job, "result", prediction)
+
+    def _take_ahead(self, engine: Engine, frame: FrameAhead) -> None:
+        with self._wake:
+            stale = frame.epoch != self._epoch
+            if not stale:
+                reason, self._pending_reset = self._pending_reset, None
+        try:
+            if not stale:
+                if reason is not None:
+                    engine.reset(reason)
+                assert isinstance(engine, TakesFramesAhead)
+                engine.ingest(frame.camera_index, frame.stamp_ns, frame.image)
+        except Exception as error:
+            # The window with this frame will say what is wrong with it; here it has only not been taken.
+            text = f"{type(error).__name__}: {error}"
+            logger.warning("frame of camera %d ahead of its window: the engine raised %s", frame.camera_index, text)
+            self._recover(engine, error, text)
+        with self._wake:
+            self._busy_since_ns = 0
+            self._counts["frames_ahead"] += not stale
 
     def _recover(self, engine: Engine, error: Exception, text: str) -> None:
         with self._wake:
