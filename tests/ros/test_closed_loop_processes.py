@@ -107,7 +107,7 @@ def test_the_command_scores_the_drive_and_ends_with_it(tmp_path, rig):
         (("--engine", "fake", "--first", "-3"), "with indices from 0 on, is required, found [-3, -2"),
         (("--engine", "fake", "--answer-timeout", "0"), "answer timeout: more than 0 s is required, found 0.0"),
         (("--engine", "fake", "--policy", "expert"), "with --ros the node drives"),
-        (("--engine", "fake", "--videos", "2"), "--videos needs a folder, --out"),
+        (("--engine", "fake", "--videos", "2"), "--videos needs --out"),
     ],
 )
 def test_wrong_input_ends_before_anything_starts(capsys, options, text):
