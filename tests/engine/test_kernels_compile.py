@@ -15,16 +15,19 @@ from triton.compiler import ASTSource, compile
 
 from flashdrive_node.engine.kernels import (
     triton_ageing,
+    triton_byte_linear,
     triton_elementwise,
+    triton_int4_linear,
     triton_linear,
     triton_rotary,
+    triton_rotate_quantise,
     triton_sampling,
     triton_vision,
     triton_waypoints,
 )
 
 
-def check(kernel, types, **constants):
+def check(kernel, types, capability=90, **constants):
     signature = dict(zip(kernel.arg_names, types.split(), strict=False))
     assert len(signature) + len(constants) == len(kernel.arg_names), kernel.arg_names
     signature |= dict.fromkeys(constants, "constexpr")
@@ -55,10 +58,11 @@ tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
 check(triton_sampling._race, "*bf16 *fp32 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", ALL=False, **shape, **tried)
 check(triton_sampling._finish, "*fp32 *i32 *i64", **shape)
-rows = "*bf16 *fp32 *bf16 *bf16 *fp16 *u8 *fp32 {} *fp32 *fp32 " + "i32 " * 5 + "fp32"
-turned = {"SOURCE": 3, "PARTS": 2, "ROUNDS": 8, "GROUPED": True, "LARGEST": 127.0, "GROUPS": 32, "WIDTH": 128}
+rows = "*bf16 *fp32 *bf16 *bf16 *fp16 *u8 *fp32 {} *fp32 *fp32 " + "i32 " * 5 + "fp32 fp32"
+tile = {"SOURCE": 3, "PARTS": 2, "GROUPED": True, "GROUPS": 32, "WIDTH": 128}
+turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, **tile}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
-plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "GROUPS": 1, "WIDTH": 4096}
+plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True, "GROUPS": 1, "WIDTH": 4096}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
 check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", TOKENS=64, WIDTH=128)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}

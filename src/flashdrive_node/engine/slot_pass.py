@@ -11,8 +11,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm
 from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts
+from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
@@ -57,9 +57,10 @@ def run_at_slots(
     """
     cos, sin = rotation
     stack = [cast(DecoderLayer, layer) for layer in layers]
-    norms = [*(layer.input_norm for layer in stack), cast(RMSNorm, final_norm)]
-    hidden = rms_norm(x, norms[0].weight, norms[0].eps)
-    for i, (layer, (_, next_norm)) in enumerate(zip(stack, pairwise(norms), strict=True)):
+    # Every norm, and the layer that reads it: the format of its weight says what the norm's kernel makes.
+    norms = [*((layer.input_norm, layer.qkv) for layer in stack), (cast(RMSNorm, final_norm), None)]
+    hidden = norm_for(norms[0][1], x, norms[0][0])
+    for i, (layer, (_, (next_norm, reader))) in enumerate(zip(stack, pairwise(norms), strict=True)):
         heads = HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps)
         keys, values = cache.keys[i], cache.values[i]
         q = norm_rope_write(
@@ -78,19 +79,20 @@ def run_at_slots(
             if not wanted:
                 return x
         update = project_parts(attention(q, keys, values), layer.o_proj)
-        x, hidden = add_rms_norm(x, update, layer.post_norm.weight, layer.post_norm.eps)
-        gated = gated_project(hidden, layer.gate_up)
+        x, hidden = add_norm_for(layer.gate_up, x, update, layer.post_norm)
+        gated = gated_project(hidden, layer.gate_up, layer.down)
         if extra is None:
             update = project_parts(gated, layer.down)
-            x, hidden = add_rms_norm(x, update, next_norm.weight, next_norm.eps)
+            x, hidden = add_norm_for(reader, x, update, next_norm)
         else:
             x = x + project(gated, layer.down)
         if tap is not None:
             tap(i, x)
         if extra is not None:
             x = x.index_add(0, *extra)
-            hidden = rms_norm(x, next_norm.weight, next_norm.eps)
-    return hidden if wanted is None else hidden[len(hidden) - wanted :]
+            hidden = norm_for(reader, x, next_norm)
+    result = cast(Tensor, hidden)  # of the final norm, which no layer reads
+    return result if wanted is None else result[len(result) - wanted :]
 
 
 def next_logits(language: LanguageModel, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
-from flashdrive_node.model.precision import BF16, PRESETS, W4A8, StagePrecision
+from flashdrive_node.model.precision import BF16, INT4, PRESETS, W4A8, StagePrecision
 from flashdrive_node.model.state_dict import TensorSlot
 
 #: Parts of the model in the order of the forward pass, by the prefix of their tensors; the first that fits counts.
@@ -22,8 +22,8 @@ PARTS = {
 }
 
 #: Bytes that a rotation takes per input channel: channel numbers (int32) and half an angle in each round, and a scale;
-#: for kernels, a byte more in each round and behind the last, and half a cosine and sine (float32).
-_ROTATION_BYTES = ROUNDS * (4 + 1) + 2 + (ROUNDS + 1) + ROUNDS * 4
+#: for kernels, a byte more in each round and behind the last, half a cosine and sine, and a row of two matrices.
+_ROTATION_BYTES = ROUNDS * (4 + 1) + 2 + (ROUNDS + 1) + ROUNDS * 4 + 2 * 2 * GROUP_SIZE
 #: Bytes of a group's scale and zero point.
 _GROUP_BYTES = 2 + 1
 #: Bytes of a row's scale in 8-bit formats.
@@ -64,6 +64,8 @@ def _bytes(slot: TensorSlot, precision: Precision) -> int:
     if len(slot.shape) != 2 or kind == BF16:
         return size * precision.plain_bytes
     rows, columns = slot.shape
+    if kind == INT4:
+        return size // 2 + rows * columns // GROUP_SIZE * _GROUP_BYTES
     if kind != W4A8:
         return size + rows * _ROW_BYTES
     if columns % GROUP_SIZE or rows % 8:

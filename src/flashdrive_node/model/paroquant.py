@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.model.givens import pair_index, rotate_pairs, rotate_pairs_back, rotation_steps
+from flashdrive_node.model.givens import (
+    pair_index,
+    rotate_pairs,
+    rotate_pairs_back,
+    rotation_blocks,
+    rotation_steps,
+)
 from flashdrive_node.model.int4 import LEVELS, Int4Weight, PackedInt4, dequantise, pack_groups, unpack_groups
 from flashdrive_node.model.linear import QuantisedLinear
 
@@ -48,9 +54,12 @@ class ParoLinear(QuantisedLinear):
     index: Tensor
     angles: Tensor
     channel_scales: Tensor
-    #: What kernels rotate by: `givens.rotation_steps`, and cosine and sine of each angle, float32 [2, rounds, K / 2].
+    #: What kernels rotate by: `givens.rotation_steps`, and cosine and sine of each angle in turn, float32 [rounds, K].
     steps: Tensor
     turns: Tensor
+    #: The same as one matrix per group, of the channel scales and the rotation: [groups, channel in, channel out].
+    #: bfloat16, and what the first lacks in a second, so [2, groups, group_size, group_size].
+    blocks: Tensor
     codes: Tensor
     scales: Tensor
     zeros: Tensor
@@ -75,7 +84,11 @@ class ParoLinear(QuantisedLinear):
         self.register_buffer("angles", weight.angles)
         self.register_buffer("channel_scales", finite_scales(weight.channel_scales))
         self.register_buffer("steps", rotation_steps(index, weight.matrix.group_size))
-        self.register_buffer("turns", torch.stack((angles.cos(), angles.sin())))
+        self.register_buffer("turns", torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1))
+        blocks = rotation_blocks(index, angles, weight.matrix.group_size)
+        blocks = blocks * self.channel_scales.float().view(len(blocks), -1, 1)
+        near = blocks.bfloat16()
+        self.register_buffer("blocks", torch.stack((near, (blocks - near.float()).bfloat16())))
         for name, tensor in zip(PackedInt4._fields, pack_groups(weight.matrix), strict=True):
             self.register_buffer(name, tensor)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.elementwise import silu_mul
+from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, quantised_parts, whole
+from flashdrive_node.model.linear import SideBySide
 
 #: Rows up to which the own kernel is tried.
 MAX_ROWS = 64
@@ -55,22 +58,27 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
     return silu_mul(linear(x, weight))
 
 
-def project(x: Tensor, layer: nn.Module) -> Tensor:
-    """A linear layer without bias in whatever format its weight is: [M, K] -> [M, N] in x's type."""
-    if isinstance(layer, nn.Linear):
+def project(x: Rows, layer: nn.Module) -> Tensor:
+    """A linear layer without bias in whatever format its weight is: M rows -> [M, N] in their type."""
+    if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
         return skinny_linear(x, layer.weight)
-    result: Tensor = layer(x)
-    return result
+    if isinstance(layer, SideBySide) and isinstance(x, Tensor):
+        return torch.cat([project(x, part) for part in layer.parts], dim=-1)
+    return whole(quantised_parts(x, layer), x.dtype)
 
 
-def project_parts(x: Tensor, layer: nn.Module) -> Tensor:
+def project_parts(x: Rows, layer: nn.Module) -> Tensor:
     """`project` for a reader that takes parts (see `parts`)."""
-    return skinny_parts(x, layer.weight) if isinstance(layer, nn.Linear) else project(x, layer)
+    if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
+        return skinny_parts(x, layer.weight)
+    return project(x, layer) if isinstance(layer, SideBySide) else quantised_parts(x, layer)
 
 
-def gated_project(x: Tensor, layer: nn.Module) -> Tensor:
-    """`gated_linear` of a layer in whatever format its weight is: [M, K] -> [M, N / 2]."""
-    return gated_linear(x, layer.weight) if isinstance(layer, nn.Linear) else silu_mul(project(x, layer))
+def gated_project(x: Rows, layer: nn.Module, reader: nn.Module) -> Rows:
+    """`gated_linear` of a layer in whatever format its weight is, as the layer that reads it takes it: [M, N / 2]."""
+    if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
+        return gated_linear(x, layer.weight)
+    return gate_for(reader, project(x, layer))
 
 
 def _suits_triton(x: Tensor, weight: Tensor) -> bool:

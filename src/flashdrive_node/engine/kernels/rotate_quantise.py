@@ -1,0 +1,118 @@
+"""From what a layer computes to the rows that the next quantised product takes: one kernel in between.
+
+That is a norm (behind the residual sum) or the gate of the MLP, then scales and rotation of channels, then rounding by
+the largest value of the row. All products on the same input share the rows: q/k/v is one, gate/up another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
+from flashdrive_node.engine.kernels.parts import is_parts
+from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
+
+#: Rows from which the matrix units rotate.
+MANY_ROWS = 65
+
+
+def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
+    """Rows [M, K] of a 16-bit type as they are, into a product's format."""
+    _check(x, form)
+    if not uses_triton(x):
+        return quantise_reference(x, form)
+    from flashdrive_node.engine.kernels import triton_rotate_quantise as run
+
+    if form.rotation is not None and len(x) >= MANY_ROWS:
+        return run.round_turned(run.turn(x, form.rotation), form, x.dtype)
+    return run.quantise(x, form)
+
+
+def norm_quantise(x: Tensor, weight: Tensor, eps: float, form: RowFormat) -> QuantisedRows:
+    """Rows of `rms_norm`, rounded to x's type before they are scaled and turned."""
+    if not _in_one(x, form):
+        return quantise(rms_norm(x, weight, eps), form)
+    from flashdrive_node.engine.kernels.triton_rotate_quantise import norm_quantise as run
+
+    return run(x, weight, eps, form)
+
+
+def add_norm_quantise(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, form: RowFormat
+) -> tuple[Tensor, QuantisedRows]:
+    """The sum and the rows of `add_rms_norm`, of which `update` may be in parts."""
+    if not _in_one(x, form):
+        total, normed = add_rms_norm(x, update, weight, eps)
+        return total, quantise(normed, form)
+    if update.shape[-2:] != x.shape or update.dtype != (torch.float32 if is_parts(update) else x.dtype):
+        raise ValueError(
+            f"quantise: x and update alike, or float32 parts of it, are required, found {list(x.shape)} {x.dtype} and "
+            f"{list(update.shape)} {update.dtype}"
+        )
+    from flashdrive_node.engine.kernels.triton_rotate_quantise import add_norm_quantise as run
+
+    return run(x, update, weight, eps, form)
+
+
+def gate_quantise(gate_up: Tensor, form: RowFormat) -> QuantisedRows:
+    """Rows of `silu_mul`: [M, 2 * K] with the gate in front -> [M, K]."""
+    if not _in_one(gate_up[:, : gate_up.shape[1] // 2], form):
+        return quantise(silu_mul(gate_up), form)
+    from flashdrive_node.engine.kernels.triton_rotate_quantise import gate_quantise as run
+
+    return run(gate_up, form)
+
+
+def _in_one(x: Tensor, form: RowFormat) -> bool:
+    """Whether what comes before the rounding is part of its kernel."""
+    _check(x, form)
+    return uses_triton(x) and (form.rotation is None or len(x) < MANY_ROWS)
+
+
+def quantise_reference(x: Tensor, form: RowFormat) -> QuantisedRows:
+    """`quantise` by PyTorch, with the roundings of `paroquant.round_tokens` and `fp8.round_rows`."""
+    turned = x.float() if form.rotation is None else turn_reference(x, form.rotation)
+    values, scales = turned.to(form.dtype), None
+    if form.dtype in LARGEST:
+        largest = LARGEST[form.dtype]
+        scales = turned.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
+        if form.scale is not None:
+            scales = torch.full_like(scales, form.scale) + 0 * scales
+        scales = scales.masked_fill(~scales.isfinite(), torch.nan)
+        scaled = (turned / scales[:, None]).nan_to_num(0.0).clamp(-largest, largest)
+        values = (scaled.round() if form.dtype == torch.int8 else scaled).to(form.dtype)
+    if form.group_size is None:
+        return QuantisedRows(values, scales, None, x.dtype)
+    sums = values.float().unflatten(1, (-1, form.group_size)).sum(dim=2).T.contiguous()
+    return QuantisedRows(values, scales, sums, x.dtype)
+
+
+def turn_reference(x: Tensor, rotation: Rotation) -> Tensor:
+    """Scaled and turned rows, float32 [M, K], by the steps of a kernel."""
+    turned = (x.float() * rotation.channel_scales.float()).unflatten(1, (-1, rotation.group_size))
+    steps = rotation.steps.unflatten(1, (-1, rotation.group_size)).long()
+    turns = rotation.turns.unflatten(1, (steps.shape[1], -1, 2))
+    for step, (cos, sin) in zip(steps, (turn.unbind(-1) for turn in turns), strict=False):
+        first, second = turned.gather(2, step.expand_as(turned)).unflatten(2, (-1, 2)).unbind(-1)
+        turned = torch.stack((cos * first + sin * second, cos * second - sin * first), dim=-1).flatten(2)
+    return torch.empty_like(turned).scatter_(2, steps[-1].expand_as(turned), turned).flatten(1)
+
+
+def _check(x: Tensor, form: RowFormat) -> None:
+    if x.ndim != 2 or x.stride(1) != 1 or form.dtype not in (*LARGEST, x.dtype):
+        raise ValueError(
+            "quantise: rows [M, K] for values of int8, float8_e4m3fn or their own type are required, found "
+            f"{list(x.shape)} {x.dtype} for {form.dtype}"
+        )
+    size, rotation = form.group_size, form.rotation
+    if size is not None and (size & (size - 1) or x.shape[1] % size):
+        raise ValueError(
+            f"quantise: whole groups of a power of two are required, found {x.shape[1]} in groups of {size}"
+        )
+    if rotation is not None and (rotation.steps.shape[1] != x.shape[1] or rotation.group_size != size):
+        raise ValueError(
+            f"quantise: a rotation of {x.shape[1]} channels in groups of {size} is required, found one of "
+            f"{rotation.steps.shape[1]} in groups of {rotation.group_size}"
+        )

@@ -1,0 +1,324 @@
+"""Rows for quantised products, and these products, against their references, in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flashdrive_node.engine.kernels.backend import forced
+from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
+from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts
+from flashdrive_node.engine.kernels.parts import summed
+from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for, row_format
+from flashdrive_node.engine.kernels.rotate_quantise import (
+    add_norm_quantise,
+    gate_quantise,
+    norm_quantise,
+    quantise,
+    quantise_reference,
+    turn_reference,
+)
+from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat
+from flashdrive_node.model.decoder import RMSNorm
+from flashdrive_node.model.fp8 import E4M3, Fp8Linear, round_rows
+from flashdrive_node.model.int4_linear import Int4Linear
+from flashdrive_node.model.int8 import Int8Linear
+from flashdrive_node.model.linear import QuantisedLinear, SideBySide
+from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear
+from support.kernel_inputs import DEVICE, DTYPE, assert_close, draw, seeded
+from support.quantised import random_weight
+
+tl = pytest.importorskip("triton.language", reason="the kernels need the triton package")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+CASES = settings(max_examples=8, deadline=None)
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter_rounds() -> Iterator[None]:
+    """The interpreter does not carry from the mantissa to the exponent when it rounds to e4m3 (triton 3.7)."""
+    convert = interpreter._convert_float
+
+    def corrected(numbers, source, target, rounding):
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(numbers, source, target, rounding)
+        return torch.from_numpy(numbers.view(np.float32)).to(E4M3).view(torch.uint8).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", corrected)
+        yield
+
+
+def paro(out_size: int, groups: int, seed: int, int8_from: int = ALWAYS, group_size: int = 128) -> ParoLinear:
+    """A layer of random integers."""
+    return ParoLinear(random_weight(out_size, groups, seed, group_size), int8_from).to(DEVICE)
+
+
+def rotation(layer: ParoLinear) -> Rotation:
+    """What the layer's inputs go through."""
+    return Rotation(layer.channel_scales, layer.steps, layer.turns, layer.blocks, layer.packed.group_size)
+
+
+def int8_form(layer: ParoLinear) -> RowFormat:
+    """What its product takes with 8-bit activations."""
+    return RowFormat(torch.int8, rotation(layer), layer.packed.group_size)
+
+
+def assert_rows(found: QuantisedRows, expected: QuantisedRows) -> None:
+    """The same but for values half way between two, which fall to one side or the other."""
+    assert found.values.dtype == expected.values.dtype
+    if expected.scales is None:
+        assert found.scales is None
+        assert_close(found.values, expected.values, ulps=1.01)
+    else:
+        assert found.scales is not None
+        torch.testing.assert_close(found.scales, expected.scales, rtol=1e-5, atol=0)
+        assert_steps(found.values, expected.values)
+    if expected.sums is None:
+        assert found.sums is None
+    else:
+        # Of the values as they were found.
+        groups = found.values.float().unflatten(1, (len(expected.sums), -1))
+        torch.testing.assert_close(found.sums, groups.sum(dim=2).T, rtol=1e-5, atol=1e-3)
+
+
+def assert_steps(found: Tensor, expected: Tensor) -> None:
+    """8-bit values, of which few are a neighbour of the one expected."""
+    if found.dtype == torch.int8:
+        apart = (found.int() - expected.int()).abs()
+    else:
+        # In the order of the numbers.
+        bits = [t.view(torch.int8).int() for t in (found, expected)]
+        keys = [torch.where(b < 0, -(b & 127), b) for b in bits]
+        apart = (keys[0] - keys[1]).abs()
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) <= 0.01 + 2 / apart.numel()
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 4),
+    groups=st.integers(1, 5),
+    kind=st.sampled_from(["int8", "16 bits"]),
+    source=st.sampled_from(["plain", "norm", "sum", "parts", "gate"]),
+)
+def test_turned_rows(seed: int, tokens: int, groups: int, kind: str, source: str) -> None:
+    random, size = seeded(seed), 128 * groups
+    form = RowFormat(torch.int8 if kind == "int8" else DTYPE, rotation(paro(8, groups, seed)), 128)
+    assert_from(source, form, random, tokens, size)
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 5),
+    size=st.integers(1, 700),
+    source=st.sampled_from(["plain", "norm", "sum", "parts", "gate"]),
+    scale=st.sampled_from([None, 0.002]),
+)
+def test_rows_in_eight_bit_floats(seed: int, tokens: int, size: int, source: str, scale: float | None) -> None:
+    assert_from(source, RowFormat(E4M3, scale=scale), seeded(seed), tokens, size)
+
+
+def assert_from(source: str, form: RowFormat, random: torch.Generator, tokens: int, size: int) -> None:
+    """Rows made of what stands in front of them are those of the same in two steps."""
+    x, weight = draw(random, tokens, size), draw(random, size)
+    with forced("triton"):
+        if source == "plain":
+            found, given_ = quantise(x, form), x
+        elif source == "norm":
+            found, given_ = norm_quantise(x, weight, EPS, form), rms_norm(x, weight, EPS)
+        elif source == "gate":
+            gate_up = draw(random, tokens, 2 * size)
+            found, given_ = gate_quantise(gate_up, form), silu_mul(gate_up)
+        else:
+            update = torch.randn(3, tokens, size, generator=random).to(DEVICE)
+            update = update if source == "parts" else update[0].to(DTYPE)
+            (total, found), (expected_total, given_) = (
+                add_norm_quantise(x, update, weight, EPS, form),
+                add_rms_norm(x, update, weight, EPS),
+            )
+            assert torch.equal(total, expected_total)
+    assert_rows(found, quantise_reference(given_, form))
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_steps_and_matrices_turn_alike(group_size: int) -> None:
+    layer = paro(8, 3, seed=4, group_size=group_size)
+    x = draw(seeded(5), 70, 3 * group_size)
+    expected = layer.rotated(x)
+    torch.testing.assert_close(turn_reference(x, rotation(layer)), expected, rtol=0, atol=1e-5)
+    form = int8_form(layer)
+    with forced("triton"):
+        many = quantise(x, form)  # by matrices
+    assert_rows(many, quantise_reference(x, form))
+    wrong = (many.values.float() * many.scales[:, None] - expected).abs() / many.scales[:, None]  # type: ignore[index]
+    assert float(wrong.max()) < 0.51
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about inf - inf
+@pytest.mark.parametrize("tokens", [3, 66])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_row_that_is_no_number_spoils_itself_alone(tokens: int, value: float) -> None:
+    layer = paro(16, 2, seed=1)
+    x = draw(seeded(2), tokens, 256)
+    expected = layer(x)
+    x[1, 7] = value
+    with forced("triton"):
+        rows = quantise(x, int8_form(layer))
+        found = project(rows, layer)
+    assert rows.scales is not None
+    assert bool(rows.scales[1].isnan())
+    assert int(rows.values[1].abs().max()) == 0
+    assert bool(found[1].isnan().all())
+    others = torch.arange(tokens, device=DEVICE) != 1
+    assert_close(found[others], expected[others], ulps=16)
+
+
+def test_rows_of_zeros_and_of_the_largest_numbers() -> None:
+    layer = paro(16, 2, seed=1)
+    x = torch.zeros(2, 256, device=DEVICE, dtype=DTYPE)
+    x[1] = torch.finfo(DTYPE).max / 4
+    with forced("triton"):
+        rows = quantise(x, int8_form(layer))
+    assert rows.scales is not None
+    assert bool(rows.scales.isfinite().all())
+    assert int(rows.values[0].abs().max()) == 0
+    assert int(rows.values[1].abs().max()) == 127
+
+
+def product(rows: QuantisedRows, layer: ParoLinear) -> Tensor:
+    """In float64, of the rows' own values."""
+    matrix = layer.matrix
+    codes = torch.cat([layer.codes & 15, layer.codes >> 4], dim=2).double() - layer.zeros[..., None].double()
+    weight = (codes * layer.scales[..., None].double()).transpose(0, 1).flatten(1)
+    assert weight.shape == matrix.shape
+    scale = 1.0 if rows.scales is None else rows.scales[:, None].double()
+    return rows.values.double() @ weight.T * scale
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 2, 7, 16, 17, 40]),
+    out_size=st.integers(1, 150),
+    groups=st.integers(1, 9),
+    group_size=st.sampled_from([64, 128]),
+    int8=st.booleans(),
+)
+def test_products_with_four_bits(seed, tokens, out_size, groups, group_size, int8) -> None:
+    layer = paro(out_size, groups, seed, ALWAYS if int8 else NEVER, group_size)
+    x = draw(seeded(seed), tokens, groups * group_size)
+    rows = quantise_reference(x, RowFormat(torch.int8 if int8 else DTYPE, rotation(layer), group_size))
+    expected = product(rows, layer)
+    with forced("triton"):
+        found = project_parts(rows, layer)
+    # Sums of a group are exact with int8; those of the groups are in float32, and rounded once.
+    largest = float(expected.abs().max()) + 1
+    assert_close(summed(found, DTYPE).double() / largest, expected / largest, ulps=0.6)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("block", [16, 64])
+def test_tilings_of_four_bits(splits: int, block: int) -> None:
+    from flashdrive_node.engine.kernels import triton_int4_linear
+    from flashdrive_node.engine.kernels.triton_linear import Tiling
+
+    layer = paro(90, 4, seed=splits)
+    rows = quantise_reference(draw(seeded(3), 70, 512), int8_form(layer))
+    found = triton_int4_linear.int4_parts(rows, layer.packed, Tiling(64, block, splits, warps=4, stages=2))
+    assert found.shape == ((70, 90) if splits == 1 else (splits, 70, 90))
+    expected = product(rows, layer)
+    assert_close(summed(found, DTYPE) / expected.abs().max(), expected / expected.abs().max(), ulps=0.6)
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 3, 8, 15]),
+    size=st.integers(1, 700),
+    out_size=st.integers(1, 150),
+    bias=st.booleans(),
+)
+def test_products_with_eight_bits(seed, tokens, size, out_size, bias) -> None:
+    random = seeded(seed)
+    dense = nn.Linear(size, out_size, bias=bias).requires_grad_(False).to(DEVICE, DTYPE)
+    x = draw(random, tokens, size)
+    fp8 = Fp8Linear(dense)
+    q, scale = round_rows(x)
+    expected = (q.double() @ fp8.weight_fp8.double().T) * scale.double() * fp8.row_scales.double().T
+    with forced("triton"):
+        found = project(QuantisedRows(q, scale[:, 0], None, DTYPE), fp8)
+    if bias:
+        expected = expected.to(DTYPE).double() + dense.bias.double()
+    assert_close(found, expected, ulps=1.1)
+    if not bias:
+        int8 = Int8Linear(dense)
+        with forced("triton"):
+            found = project(x, int8)
+        assert_close(found, x.double() @ int8.dequantised().double().T, ulps=0.6)
+
+
+def quantised(kind: str, out_size: int, seed: int) -> QuantisedLinear:
+    """A layer on 256 channels."""
+    if kind in ("fp8", "fp8_static", "int4"):
+        torch.manual_seed(seed)
+        dense = nn.Linear(256, out_size, bias=kind == "int4").requires_grad_(False).to(DEVICE, DTYPE)
+        return Int4Linear(dense) if kind == "int4" else Fp8Linear(dense, None if kind == "fp8" else 6.0)
+    if kind == "rotations of their own":
+        return SideBySide([paro(out_size // 2, 2, seed + part) for part in range(2)])
+    return paro(out_size, 2, seed, NEVER if kind == "w4a16" else ALWAYS)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_static", "int4", "w4a8", "w4a16", "rotations of their own"])
+@pytest.mark.parametrize("tokens", [5, 66])
+def test_a_layer_is_what_its_module_is(kind: str, tokens: int) -> None:
+    """Norm, gate/up, gate and down: kernel by kernel, and module by module."""
+    random = seeded(7)
+    x, update = draw(random, tokens, 256), draw(random, tokens, 256)
+    norm = RMSNorm(256, EPS).requires_grad_(False).to(DEVICE, DTYPE)
+    norm.weight.copy_(draw(random, 256))
+    gate_up, down = quantised(kind, 512, seed=8), quantised(kind, 64, seed=9)
+    results = []
+    for backend in ("triton", "reference"):
+        with forced(backend):
+            rows = norm_for(gate_up, x, norm)
+            total, hidden = add_norm_for(gate_up, x, update, norm)
+            results.append((total, project(rows, gate_up), project(gated_project(hidden, gate_up, down), down)))
+            assert isinstance(rows, Tensor) is (backend == "reference" or kind == "rotations of their own")
+    for found, expected in zip(*results, strict=True):
+        # Values that fall to another side when they are rounded, in the second product those of the first among them.
+        error = (found.double() - expected.double()).norm() / expected.double().norm()
+        assert float(error) < 1e-2
+
+
+def test_other_devices_and_sizes_take_the_reference() -> None:
+    layer, x = paro(8, 2, seed=1, group_size=32), torch.zeros(2, 64, dtype=DTYPE)
+    assert row_format(layer, x) is None  # without Triton
+    with forced("triton"):
+        assert row_format(layer, x.to(DEVICE)) is None  # groups below those of the matrix units
+        assert row_format(paro(8, 1, seed=1), torch.zeros(2, 128)) is None  # float32 keeps PyTorch's precision
+        assert project(x.to(DEVICE), layer).shape == (2, 8)
+
+
+def test_bad_input_is_refused() -> None:
+    layer = paro(8, 2, seed=1)
+    x = torch.zeros(3, 256, dtype=DTYPE, device=DEVICE)
+    with pytest.raises(ValueError, match=r"a rotation of 128 channels in groups of 128 is required, found one of 256"):
+        quantise(x[:, :128], int8_form(layer))
+    with pytest.raises(ValueError, match=r"whole groups of a power of two are required, found 256 in groups of 96"):
+        quantise(x, RowFormat(torch.int8, group_size=96))
+    with pytest.raises(ValueError, match=r"quantise: rows \[M, K\] for values of int8.*found .* for torch.float64"):
+        quantise(x, RowFormat(torch.float64))
+    with forced("triton"), pytest.raises(ValueError, match="x and update alike"):
+        add_norm_quantise(x, x[:2], x[0], EPS, RowFormat(E4M3))
+    with forced("triton"), pytest.raises(ValueError, match=r"sums \[2, 3\] of the groups are required, found None"):
+        project(quantise(x, RowFormat(torch.int8)), layer)
