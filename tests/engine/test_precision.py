@@ -1,5 +1,7 @@
 """What "auto" stands for, and what the settings make of a precision's name."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 
 from flashdrive_node.engine.drafter import load_drafter
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.precision import automatic, choose
+from flashdrive_node.engine.precision import Card, automatic, choose
+from flashdrive_node.engine.precision_speeds import MeasuredSpeed, read_speeds
 from flashdrive_node.engine.settings import PlainSettings
-from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.errors import ConfigError, InputError
 from flashdrive_node.model.fp8 import Fp8Linear
 from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
@@ -23,17 +26,52 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("memory_gib", "samples", "preset", "said"),
     [
-        (139, 1, "bf16", "bf16 takes 21.1"),
-        (32, 6, "bf16", "bf16 takes"),
-        (24, 1, "fp8", "fp8 11."),
+        (139, 1, "bf16", "needed are: bf16 21.1, fp8 11."),
+        (32, 6, "bf16", "needed are: bf16"),
+        (24, 1, "fp8", "of 24.0 GiB, 20.4 are reckoned with"),
         (12, 1, "fp8", "'flashdrive quantize' makes a checkpoint that takes 8."),
     ],
 )
 def test_least_rounding_that_fits(memory_gib: int, samples: int, preset: str, said: str) -> None:
-    choice = choose(alpamayo_1_5_10b(), memory_gib * GIB, samples)
+    choice = choose(alpamayo_1_5_10b(), Card(memory_gib * GIB, "8.6"), samples, [])
     assert choice.stages == PRESETS[preset]
     assert choice.reason.startswith(preset)
     assert said in choice.reason
+
+
+def speed(preset: str, window_ms: float, samples: int = 1, capability: str = "9.0", size: int = 4096) -> MeasuredSpeed:
+    return MeasuredSpeed(capability, "NVIDIA H200", size, samples, preset, window_ms, "a test")
+
+
+def test_fastest_that_fits() -> None:
+    config, big, small = alpamayo_1_5_10b(), Card(139 * GIB, "9.0"), Card(16 * GIB, "9.0")
+    speeds = [speed("bf16", 60), speed("fp8", 40), speed("w4a8", 45), speed("w4a16", 42), speed("fp8", 70, samples=6)]
+    choice = choose(config, big, 1, speeds)
+    assert choice.stages == PRESETS["fp8"]
+    assert choice.reason.endswith("measured on NVIDIA H200 with 1 sample(s): bf16 60.0 ms, fp8 40.0 ms")
+    assert choose(config, big, 1, [speed("bf16", 30), speed("fp8", 40)]).stages == PRESETS["bf16"]
+    assert choose(config, big, 1, speeds, packed=True).stages == PRESETS["w4a16"]
+    assert choose(config, small, 1, speeds).stages == PRESETS["fp8"]
+    # Of six samples the row of six counts, and bf16 of one stands for want of another.
+    assert choose(config, big, 6, speeds).stages == PRESETS["bf16"]
+    for others in ([speed("fp8", 40, capability="12.0")], [speed("fp8", 40, size=256)], [speed("fp8", 40)]):
+        assert choose(config, big, 1, others).stages == PRESETS["bf16"]
+    assert choose(config, big, 1, [], packed=True).stages is None
+
+
+def test_table_of_speeds(tmp_path: Path) -> None:
+    assert isinstance(read_speeds(), list)
+    path = tmp_path / "speeds.json"
+    good = asdict(speed("fp8", 40))
+    path.write_text(json.dumps({"rows": [good]}))
+    assert read_speeds(path) == [speed("fp8", 40)]
+    bad = [good | {"preset": "int3"}, good | {"window_ms": "fast"}, {"preset": "fp8"}, good | {"window_ms": 0}]
+    path.write_text(json.dumps({"rows": bad}))
+    with pytest.raises(ConfigError, match=r"4 problem(.|\n)*row 0: a preset of(.|\n)*row 1: key 'window_ms' must be"):
+        read_speeds(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="a list 'rows' is required"):
+        read_speeds(path)
 
 
 def test_elsewhere_the_checkpoint_decides() -> None:

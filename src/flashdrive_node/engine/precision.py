@@ -1,4 +1,4 @@
-"""Which precision "auto" stands for: the least rounding that fits the card, and why."""
+"""Which precision "auto" stands for: what is fastest on the card or fits it with the least rounding, and why."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from flashdrive_node.engine.precision_speeds import MeasuredSpeed, read_speeds, times_of
 from flashdrive_node.model.checkpoint_files import survey
 from flashdrive_node.model.config import AlpamayoConfig
-from flashdrive_node.model.footprint import PRECISIONS, cache_bytes_per_token, cache_tokens, weight_bytes
+from flashdrive_node.model.footprint import Precision, cache_bytes_per_token, cache_tokens, weight_bytes
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.quantised_files import find_quantised
 from flashdrive_node.model.source import read_config
@@ -29,6 +30,14 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Card(NamedTuple):
+    """What of a GPU the choice depends on."""
+
+    memory_bytes: int
+    #: Compute capability, such as "9.0".
+    capability: str
+
+
 def automatic(directory: Path, device: torch.device, samples: int, allow_download: bool = False) -> Choice:
     """The choice for a checkpoint on a device.
 
@@ -38,30 +47,53 @@ def automatic(directory: Path, device: torch.device, samples: int, allow_downloa
     if device.type != "cuda":
         return Choice(None, f"as the checkpoint says, on {device.type}")
     config = read_config(directory, allow_download)
-    if find_quantised(survey(directory), release_slots(config)).matrices:
-        return Choice(None, "as the checkpoint says, which holds layers in 4 bits")
-    return choose(config, torch.cuda.get_device_properties(device).total_memory, samples)
+    packed = bool(find_quantised(survey(directory), release_slots(config)).matrices)
+    properties = torch.cuda.get_device_properties(device)
+    card = Card(properties.total_memory, f"{properties.major}.{properties.minor}")
+    return choose(config, card, samples, read_speeds(), packed)
 
 
-def choose(config: AlpamayoConfig, memory_bytes: int, samples: int) -> Choice:
-    """The choice for a plain checkpoint on a card of so much memory.
+def choose(
+    config: AlpamayoConfig, card: Card, samples: int, speeds: list[MeasuredSpeed], packed: bool = False
+) -> Choice:
+    """The fastest preset that fits the card, of those that were measured on such cards; else the least rounding.
 
-    8-bit formats come second even where they fit with ease: what they cost in accuracy is for the user to accept.
+    Args:
+        config: Of the checkpoint.
+        card: Where it is to run.
+        samples: Trajectories per window.
+        speeds: What was measured.
+        packed: Whether the checkpoint's text layers have 4 bits.
     """
-    tokens = cache_tokens(config, _PROMPT_TOKENS, samples)
-    cache = tokens * cache_bytes_per_token(config)
-    slots, gib = release_slots(config), 2**30
-    needs = {p.stages: weight_bytes(slots, p) + cache for p in PRECISIONS if p.plain_bytes == 2}
-    usable = _USABLE * memory_bytes
-    said = f"of {memory_bytes / gib:.1f} GiB, {usable / gib:.1f} are reckoned with; bf16 takes"
-    bf16, fp8 = needs[PRESETS["bf16"]], needs[PRESETS["fp8"]]
-    if bf16 <= usable:
-        return Choice(PRESETS["bf16"], f"bf16: {said} {bf16 / gib:.1f}")
-    if fp8 <= usable:
-        return Choice(PRESETS["fp8"], f"fp8: {said} {bf16 / gib:.1f}, fp8 {fp8 / gib:.1f}")
-    w4 = needs[PRESETS["w4a8"]]
+    needs = _needs(config, samples)
+    names = [name for name, stages in PRESETS.items() if stages.four_bits == packed]
+    usable, gib = _USABLE * card.memory_bytes, 2**30
+    fitting = [name for name in names if needs[name] <= usable]
+    times = times_of(speeds, card.capability, config.text.hidden_size, samples)
+    measured = {name: times[name] for name in fitting if name in times}
+    if len(measured) > 1:
+        best = min(measured, key=lambda name: measured[name].window_ms)
+        row = measured[best]
+        said = ", ".join(f"{name} {m.window_ms:.1f} ms" for name, m in measured.items())
+        return Choice(
+            PRESETS[best],
+            f"{best}: the fastest that fits; measured on {row.device} with {row.samples} sample(s): {said}",
+        )
+    if packed:
+        return Choice(None, "as the checkpoint says, which holds layers in 4 bits")
+    taken = ", ".join(f"{name} {needs[name] / gib:.1f}" for name in names)
+    said = f"of {card.memory_bytes / gib:.1f} GiB, {usable / gib:.1f} are reckoned with; needed are: {taken}"
+    if fitting:
+        return Choice(PRESETS[fitting[0]], f"{fitting[0]}: {said}")
     return Choice(
-        PRESETS["fp8"],
-        f"fp8: {said} {bf16 / gib:.1f}, fp8 {fp8 / gib:.1f}, too much as well; 'flashdrive quantize' makes a "
-        f"checkpoint that takes {w4 / gib:.1f}",
+        PRESETS[names[-1]],
+        f"{names[-1]}: {said}, too much as well; 'flashdrive quantize' makes a checkpoint that takes "
+        f"{needs['w4a8'] / gib:.1f}",
     )
+
+
+def _needs(config: AlpamayoConfig, samples: int) -> dict[str, int]:
+    """Bytes of weights and cache, by preset."""
+    tokens = cache_tokens(config, _PROMPT_TOKENS, samples)
+    cache, slots = tokens * cache_bytes_per_token(config), release_slots(config)
+    return {name: weight_bytes(slots, Precision(name, stages)) + cache for name, stages in PRESETS.items()}
