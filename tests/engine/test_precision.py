@@ -76,6 +76,8 @@ def test_table_of_speeds(tmp_path: Path) -> None:
 
 def test_elsewhere_the_checkpoint_decides() -> None:
     assert automatic(BUNDLED, torch.device("cpu"), 1).stages is None
+    engine = PlainEngine(PlainSettings(str(BUNDLED), device="cpu"))
+    assert engine.load().precision_reason == "as the checkpoint says, on cpu"
 
 
 def test_names_of_settings() -> None:
@@ -90,7 +92,8 @@ def test_names_of_settings() -> None:
 
 def test_engine_says_what_it_runs_in() -> None:
     engine = PlainEngine(PlainSettings(str(BUNDLED), device="cpu", precision="fp8", image_size=(160, 288)))
-    assert engine.load().precision == "float32, fp8"
+    info = engine.load()
+    assert (info.precision, info.precision_reason) == ("float32, fp8", "")
     assert engine.loaded is not None
     assert isinstance(engine.loaded.model.language.layers[0].qkv, Fp8Linear)
     engine.warm_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashdrive_node.engine.fake import FAULTS
+from flashdrive_node.model.precision import FORMATS, PRESETS, StagePrecision
 from flashdrive_node.ros.declare import descriptor
 from flashdrive_node.ros.engines import choose_engine
 from flashdrive_node.ros.parameters import (
@@ -55,6 +57,28 @@ def test_every_parameter_has_a_description_and_every_number_a_range():
 
 def test_the_faults_are_those_of_the_fake_engine():
     assert FAKE_FAULTS == FAULTS
+
+
+def test_the_formats_are_those_of_the_stages():
+    stages = {name.removeprefix("stages."): spec for name, spec in SPECS.items() if name.startswith("stages.")}
+    assert {name: spec.choices[1:] for name, spec in stages.items()} == FORMATS
+
+
+def test_stages_are_set_over_a_preset():
+    rig = load_rig("sample")
+
+    def precision(**values: str) -> StagePrecision:
+        names = {name.replace("__", "."): value for name, value in values.items()}
+        parameters = parameters_from({"checkpoint": "x", "device": "cpu"} | names)
+        return choose_engine(parameters, rig).make().settings.stages
+
+    assert precision(precision="w4a8") == PRESETS["w4a8"]
+    assert precision(precision="w4a8", stages__lm_head="int4") == replace(PRESETS["w4a8"], lm_head="int4")
+    assert precision(precision="bfloat16", stages__drafter="fp8") == StagePrecision(drafter="fp8")
+    with pytest.raises(ParameterError, match=r"'precision' must be .* where 'stages.expert' is set, found 'auto'"):
+        precision(stages__expert="fp8")
+    with pytest.raises(ParameterError, match=r"'stages.lm_head' must be preset, bf16, int8 or int4"):
+        precision(precision="fp8", stages__lm_head="fp8")
 
 
 @given(st.sampled_from(NUMBERS), st.one_of(st.integers(-(2**40), 2**40), st.floats()))

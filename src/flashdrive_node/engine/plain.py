@@ -81,6 +81,7 @@ class PlainEngine:
         self.windows = 0
         #: Tokens to take in place of the drawn ones, [samples, steps]: benchmarks fix the text's length with it.
         self.script: Tensor | None = None
+        self._precision_reason = ""
         self._layout: tuple[Prompt, Tensor, Tensor] | None = None
 
     def load(self, progress: Progress | None = None) -> EngineInfo:
@@ -91,8 +92,8 @@ class PlainEngine:
                 stages = s.stages
                 if s.precision == "auto":
                     directory = resolve_source(s.checkpoint, s.revision, s.allow_download)
-                    stages, reason = automatic(directory, s.torch_device, s.samples, s.allow_download)
-                    logger.info("precision auto: %s", reason)
+                    stages, self._precision_reason = automatic(directory, s.torch_device, s.samples, s.allow_download)
+                    logger.info("precision auto: %s", self._precision_reason)
                 self.loaded = load_alpamayo(
                     s.checkpoint,
                     s.torch_device,
@@ -115,6 +116,7 @@ class PlainEngine:
             history_poses=config.history_poses,
             waypoints=config.action_space.n_waypoints,
             waypoint_dt_s=config.action_space.dt,
+            precision_reason=self._precision_reason,
         )
 
     def warm_up(self, progress: Progress | None = None) -> None:

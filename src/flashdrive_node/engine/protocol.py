@@ -124,6 +124,8 @@ class EngineInfo:
     #: Waypoints per trajectory and their spacing in seconds.
     waypoints: int
     waypoint_dt_s: float
+    #: Why "auto" stands for this precision, or "".
+    precision_reason: str = ""
 
 
 #: Called with a fraction in 0..1 and what is being done.

@@ -152,6 +152,7 @@ def engine_status(
             "sha256": info.sha256,
             "device": info.device,
             "precision": info.precision,
+            "precision_reason": info.precision_reason,
         }
     values |= {f"{kind}": count for kind, count in worker.counts.items()}
     values["superseded_share"] = f"{superseded:.2f}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashdrive_node.engine.fake import FakeEngine, FakeSettings
 from flashdrive_node.engine.protocol import Engine
-from flashdrive_node.ros.parameters import ParameterError, Parameters
+from flashdrive_node.ros.parameters import ParameterError, Parameters, chosen_stages
 from flashdrive_node.runtime.rig import Rig
 
 
@@ -107,7 +107,7 @@ def _common(parameters: Parameters, rig: Rig) -> dict[str, Any]:
         "allow_download": parameters.allow_download,
         "overlay": Path(parameters.overlay) if parameters.overlay else None,
         "device": parameters.device,
-        "precision": parameters.precision,
+        "precision": _precision(parameters),
         "samples": parameters.num_samples,
         "sampling": SamplingSettings(
             temperature=parameters.temperature,
@@ -122,3 +122,15 @@ def _common(parameters: Parameters, rig: Rig) -> dict[str, Any]:
         # The warm-up window is to look like the real ones.
         "image_size": sizes[0] if sizes else PlainSettings.image_size,
     }
+
+
+def _precision(parameters: Parameters) -> str:
+    """The precision with the stages that are set on their own, as the engines take it."""
+    from flashdrive_node.model.loading import DTYPES
+    from flashdrive_node.model.precision import StagePrecision
+
+    stages = chosen_stages(parameters)
+    if not stages:
+        return parameters.precision
+    base = StagePrecision() if parameters.precision in DTYPES else StagePrecision.parse(parameters.precision)
+    return ",".join(f"{stage}={kind}" for stage, kind in (base.as_dict() | stages).items())

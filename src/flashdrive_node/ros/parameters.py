@@ -103,6 +103,18 @@ def _parameter(
     return field(default=default, metadata=metadata)
 
 
+#: The value of a stage's parameter that leaves its format to the preset.
+AS_PRESET = "preset"
+#: Names of the parameters that set one stage's format.
+_STAGES = "stages."
+_TEXT_FORMATS = ("bf16", "fp8", "fp8_static", "w4a8", "w4a16")
+
+
+def _stage(stage: str, what: str, *formats: str) -> Any:
+    description = f"Format of {what}; preset takes what 'precision' says"
+    return _parameter(AS_PRESET, description, choices=(AS_PRESET, *formats), name=f"{_STAGES}{stage}")
+
+
 @dataclass(frozen=True)
 class Parameters:
     """The values of all parameters, checked. The order here is the order of the documentation."""
@@ -122,9 +134,15 @@ class Parameters:
     device: str = _parameter("auto", "PyTorch device: auto (GPU where there is one), cpu, cuda or cuda:N")
     precision: str = _parameter(
         "auto",
-        "Arithmetic of the networks; auto is bfloat16 on a GPU that has room for it; see docs/precision.md",
+        "Arithmetic of the networks; auto goes by the card and by its memory; see docs/precision.md",
         choices=("auto", "bfloat16", "float32", "fp8", "w4a8", "w4a16"),
     )
+    vision_format: str = _stage("vision", "the vision tower", "bf16", "fp8", "fp8_static")
+    prefill_format: str = _stage("prefill", "the text layers, reading the prompt", *_TEXT_FORMATS)
+    decode_format: str = _stage("decode", "the text layers, writing", *_TEXT_FORMATS)
+    lm_head_format: str = _stage("lm_head", "the output head", "bf16", "int8", "int4")
+    expert_format: str = _stage("expert", "the action expert", "bf16", "fp8", "fp8_static")
+    drafter_format: str = _stage("drafter", "the drafter", "bf16", "fp8")
     num_samples: int = _parameter(1, "Trajectories drawn per window", span=(1, 64))
     temperature: float = _parameter(0.6, "Sampling temperature of the reasoning; 0 is greedy", span=(0.0, 2.0))
     top_p: float = _parameter(0.98, "Nucleus of the sampling", span=(0.01, 1.0))
@@ -270,6 +288,13 @@ def parameters_from(values: Mapping[str, Any]) -> Parameters:
     return parameters
 
 
+def chosen_stages(parameters: Parameters) -> dict[str, str]:
+    """Formats of the stages that do not go by the preset."""
+    stages = {name.removeprefix(_STAGES): _FIELDS[name] for name in SPECS if name.startswith(_STAGES)}
+    values = {stage: getattr(parameters, entry) for stage, entry in stages.items()}
+    return {stage: value for stage, value in values.items() if value != AS_PRESET}
+
+
 def _contradictions(parameters: Parameters) -> list[str]:
     """Values that are good one by one and make no sense together."""
     problems = []
@@ -281,6 +306,11 @@ def _contradictions(parameters: Parameters) -> list[str]:
     if parameters.ingest and parameters.engine != "streaming":
         problems.append(
             f"parameter 'ingest' must be false with engine '{parameters.engine}', which takes whole windows; found true"
+        )
+    if parameters.precision in ("auto", "float32") and (stages := chosen_stages(parameters)):
+        problems.append(
+            f"parameter 'precision' must be bfloat16 or a preset where '{_STAGES}{min(stages)}' is set, "
+            f"found {parameters.precision!r}"
         )
     device = parameters.device.removeprefix("cuda:")
     if parameters.device not in ("auto", "cpu", "cuda") and not (device != parameters.device and device.isdecimal()):
