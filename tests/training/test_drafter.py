@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from flashdrive_node.cli.main import main
+from flashdrive_node.cli.text_options import ChosenClips
 from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.engine.drafter import Drafter, load_drafter
+from flashdrive_node.engine.drafter_config import PARTS, ROTARIES
+from flashdrive_node.engine.prompt_slots import prompt_room
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.engine.speculative import forbidden_bias
@@ -23,11 +26,13 @@ from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.sampling import SamplingSettings
-from flashdrive_node.training.acceptance import NGrams, replay
+from flashdrive_node.training.acceptance import NGrams, replay, replay_texts
 from flashdrive_node.training.architecture import alpamayo_small
+from flashdrive_node.training.draft_replay import DraftingTarget, acceptance_of, guesser
 from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
 from flashdrive_node.training.drafter_loss import BlockLoss, anchors, block_loss, cut
 from flashdrive_node.training.drafter_training import DrafterSettings, DrafterTrainer
+from flashdrive_node.training.prompt_views import views_of
 from flashdrive_node.training.text_records import (
     Scenes,
     TextRecorder,
@@ -89,25 +94,43 @@ def scenes_of(observations: list[Observation]) -> Scenes:
     )
 
 
-def test_records_and_replay_are_those_of_the_engine(talker, tokenizer, policy, drafter, observations) -> None:
-    recorder = TextRecorder(policy, drafter.config.target_layer_ids, CONTEXT)
+@pytest.mark.parametrize("rotary", [None, *ROTARIES])
+def test_records_and_replay_are_those_of_the_engine(talker, tokenizer, policy, observations, rotary) -> None:
+    looks = {} if rotary is None else {"rotary": rotary, "parts": PARTS}
+    drafter = new_drafter(drafter_config(talker.config, 1, None, BLOCK, CONTEXT, **looks), talker, 1)
+    room = prompt_room(tokenizer, talker.config)
+    recorder = TextRecorder(policy, drafter.config.target_layer_ids, room if rotary else CONTEXT, (2, 3))
     records = recorder.record(scenes_of(observations))
-    assert records.states.shape == (3, CONTEXT - 1 + LENGTH, drafter.config.context_size)
+    assert records.states.shape == (3, recorder.lead - 1 + LENGTH, drafter.config.context_size)
+    assert records.clips.tolist() == [0, 1, 2]
     settings = StreamingSettings(
         checkpoint="", device="cpu", precision="float32", sampling=SamplingSettings(top_k=1, max_length=LENGTH),
         cameras=CAMERAS, stream=StreamSettings("full"),
     )  # fmt: skip
     loaded = LoadedModel(talker, tokenizer, CheckpointInfo(Path(), "", "", 0, 0, 0.0))
-    trainer = DrafterTrainer(recorder, drafter, DrafterSettings(minutes=1.0))
+    target = DraftingTarget.of(recorder)
     for row, observation in enumerate(observations):
         engine = StreamingEngine(settings, loaded, drafter)
         prediction = engine.step(observation)
         assert engine.stream is not None
-        torch.testing.assert_close(records.states[row, :CONTEXT], engine.stream.states, rtol=1e-3, atol=1e-4)
         one = records.rows(torch.tensor([row]))
+        views = views_of(one, recorder.prompt, drafter.config, room)
+        states, expected = records.states[row, : recorder.lead], engine.stream.states
+        if views is None:
+            torch.testing.assert_close(states[-CONTEXT:], expected, rtol=1e-3, atol=1e-4)
+        else:
+            view = views.view(torch.tensor([0]))
+            seen = view.kinds[0] >= 0
+            torch.testing.assert_close(states[seen[-room:]], expected[seen[-room:]], rtol=1e-3, atol=1e-4)
+            mine, theirs = drafter.read(view), engine.reader.memory
+            torch.testing.assert_close(mine.keys[:, :, seen], theirs.keys[:, :, seen], rtol=1e-3, atol=1e-3)
+            assert torch.equal(mine.bias, theirs.bias)
+            assert torch.equal(mine.base, theirs.base)
         assert float(one.lengths) == prediction.metrics["tokens"]
-        found = replay(one, trainer.guesser(one), BLOCK)
-        assert found.accept_length.mean == pytest.approx(prediction.metrics["accept_length"])
+        found = replay_texts(one, guesser(drafter, target, one, views), BLOCK)
+        assert found.acceptance.accept_length.mean == pytest.approx(prediction.metrics["accept_length"])
+        assert int(found.routine) == sum(token.routine for token in prediction.trajectory.tokens)
+        assert found.acceptance.routine_share.mean == pytest.approx(1 - prediction.metrics["deliberative_share"])
     # The state that a token is drawn from gives that token.
     drawn = talker.language.logits(records.hidden) + forbidden_bias(talker, policy.rule)
     assert torch.equal(drawn.argmax(dim=-1)[records.tokens >= 0], records.tokens[records.tokens >= 0])
@@ -139,7 +162,9 @@ def toy_records(texts: list[list[int]], config, seed: int = 0) -> TextRecords:
         for j in range(len(text)):
             states[row, lead + j] = state(text[: j + 1], config.context_size)
             hidden[row, j] = state(text[:j], config.decoder.hidden_size)
-    return TextRecords(torch.tensor([t + [-1] * (longest - len(t)) for t in texts]), states, hidden)
+    tokens = torch.tensor([t + [-1] * (longest - len(t)) for t in texts])
+    number = torch.arange(len(texts))
+    return TextRecords(tokens, states, hidden, torch.zeros(len(texts), 0, 1), number * 0, number, number * 0)
 
 
 def test_blocks_start_at_every_place_and_end_with_the_text(drafter) -> None:
@@ -192,9 +217,8 @@ def test_learning_what_the_texts_are(policy, talker, drafter, tmp_path) -> None:
         minutes=5.0, steps=200, texts=6, held_out=6, batch=48, matrix_rate=2e-2, loss=BlockLoss(soft=0.0)
     )
     trainer = DrafterTrainer(recorder, drafter, settings)
-    before = replay(records, trainer.guesser(records), BLOCK).accept_length.mean
-    recorder.record = lambda _: records  # type: ignore[method-assign]
-    log = trainer.run([None], [None])  # type: ignore[list-item]
+    before = acceptance_of(drafter, recorder, records).accept_length.mean
+    log = trainer.run([records], [records])
     after = log.result["acceptance"]["drafter"]["accept_length"][0]
     assert before < 1.3
     assert after > 1.8
@@ -203,9 +227,8 @@ def test_learning_what_the_texts_are(policy, talker, drafter, tmp_path) -> None:
     assert log.training[-1]["loss"] < 0.6 * log.training[0]["loss"]
     trainer.save(tmp_path / "out")
     again = load_drafter(tmp_path / "out" / "drafter", talker.config, "cpu", torch.float32)
-    assert replay(records, trainer.guesser(records), BLOCK).accept_length.mean == after
-    trainer.drafter = again
-    assert replay(records, trainer.guesser(records), BLOCK).accept_length.mean > 1.7  # in bfloat16
+    assert acceptance_of(trainer.drafter, recorder, records).accept_length.mean == after
+    assert acceptance_of(again, recorder, records).accept_length.mean > 1.7  # in bfloat16
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000
 
 
@@ -215,9 +238,8 @@ def test_learning_repeats_itself(policy, talker) -> None:
         drafter = new_drafter(drafter_config(talker.config, block_size=BLOCK, context_length=CONTEXT), talker, 1)
         records = toy_records([[20, 21, 22, 23, 24, 25]], drafter.config)
         recorder = TextRecorder(policy, drafter.config.target_layer_ids, CONTEXT)
-        recorder.record = lambda _, records=records: records  # type: ignore[method-assign]
         settings = DrafterSettings(minutes=5.0, steps=3, texts=1, held_out=1, batch=8)
-        DrafterTrainer(recorder, drafter, settings).run([None], [None])  # type: ignore[list-item]
+        DrafterTrainer(recorder, drafter, settings).run([records], [records])
         weights.append(torch.cat([p.flatten() for p in drafter.parameters()]))
     assert torch.equal(*weights)
 
@@ -274,7 +296,8 @@ def test_shapes_that_make_no_drafter(change) -> None:
 
 def test_recordings_as_scenes(tmp_path) -> None:
     source = BagClips([write_bag(tmp_path / "drive", 9.0)], RIG, 6)
-    batches = list(clip_scenes(source, 4, torch.device("cpu"), lambda number: number == 1))
+    second = ChosenClips(source, lambda number: number == 1)
+    batches = list(clip_scenes(second, 4, torch.device("cpu")))
     assert [len(b.navigation) for b in batches] == [4, 2]
     assert batches[0].images.shape == (4, 2, 4, 36, 64, 3)
     assert batches[0].images.dtype == torch.uint8
@@ -284,7 +307,7 @@ def test_recordings_as_scenes(tmp_path) -> None:
 
 def test_the_command(talker, tokenizer_files, tmp_path, capsys) -> None:
     checkpoint = save_checkpoint(talker, talker.config, tmp_path / "checkpoint", tokenizer_files_dir=tokenizer_files)
-    bags = [str(write_bag(tmp_path / f"drive{i}", 8.0)) for i in range(2)]
+    bags = [str(write_bag(tmp_path / f"drive{i}", 8.0)) for i in range(3)]
     rig = tmp_path / "rig.yaml"
     cameras = [
         {"name": c.name, "index": c.index, "topic": c.topic, "transport": "raw", "rate_hz": 10.0} for c in RIG.cameras
@@ -301,7 +324,14 @@ def test_the_command(talker, tokenizer_files, tmp_path, capsys) -> None:
     assert (trained.config.block_size, trained.config.context_length) == (4, 2)
     assert main(["train", "drafter", *arguments, *sizes]) == 2
     assert "a new or empty directory is required" in capsys.readouterr().err
+    arguments[1] = str(tmp_path / "routine")
+    streams = ["--stream-mode", "kv", "--lanes", "1", "--texts", "3", "--variant", "routine", "--rotary", "mrope"]
+    assert main(["train", "drafter", *arguments, *sizes, *streams]) == 0
+    routine = load_drafter(tmp_path / "routine" / "drafter", talker.config, "cpu", torch.float32)
+    assert (routine.config.variant, routine.config.rotary, routine.config.parts) == ("routine", "mrope", PARTS)
     arguments[1] = str(tmp_path / "more")
+    assert main(["train", "drafter", *arguments, *sizes, "--rotary", "flat"]) == 2
+    assert "--rotary needs --variant routine" in capsys.readouterr().err
     assert main(["train", "drafter", *arguments, *sizes, "--resume", str(out / "drafter")]) == 0
     assert (
         replace(trained.config)

@@ -99,6 +99,10 @@ class BatchedStreams:
             logits = torch.cat([part[2] for part in parts])[order]
         return BatchContext(keys, values, prompts.prompt_lengths, self.layout.rope_delta), logits
 
+    def embeddings(self, lanes: Sequence[int]) -> Tensor:
+        """Embeddings of all image tokens of some streams' last windows, [lanes, image tokens, hidden]."""
+        return self._features[0, torch.tensor(lanes, device=self._features.device)]
+
     def _plan(self, lane: int, stamps: Stamps) -> WindowPlan:
         """What a lane's next window takes; the same object for equal plans."""
         settings = self._settings[lane]

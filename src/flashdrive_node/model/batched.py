@@ -219,6 +219,46 @@ def _step(model: Alpamayo, context: BatchContext, token: Tensor, rows: Tensor, s
     return language.norm(run_rows(language.layers, x, cos, sin, attend))[:, 0]
 
 
+def run_behind(
+    model: Alpamayo,
+    context: BatchContext,
+    ids: Tensor,
+    first: Tensor,
+    write: bool = True,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Run some tokens of every row behind what stands in front of them in its context.
+
+    Args:
+        model: The network.
+        context: Has slots for all of them.
+        ids: int64 [B, T], tokens behind the images; those of padding come last and mean nothing.
+        first: Slot of each row's first one, int64 [B].
+        write: Put their keys and values there; else those that stand there already are theirs.
+        observe: See `run_rows`.
+
+    Returns:
+        Hidden states behind the final norm, [B, T, hidden].
+    """
+    language, device = model.language, ids.device
+    # A token in front of the context's first has no place; it is taken for the first, so that all is finite.
+    slots = (first[:, None] + torch.arange(ids.shape[1], device=device)).clamp(min=0)
+    x = embedding(ids, language.embed_tokens.weight)
+    cos, sin = mrope_cos_sin((slots.flatten() + context.rope_delta).expand(3, -1), language.config, x.dtype)
+    visible = torch.arange(context.keys[0].shape[2], device=device) <= slots[..., None]
+    mask = group_masks(visible, language.config.group_size, x.dtype)
+    rows = torch.arange(len(ids), device=device)[:, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if write:
+            context.keys[layer][rows, :, slots] = k
+            context.values[layer][rows, :, slots] = v
+        return attend_masked(q, context.keys[layer], context.values[layer], mask)
+
+    hidden: Tensor = language.norm(run_rows(language.layers, x, cos, sin, attend, None, observe))
+    return hidden
+
+
 def velocity_field(model: Alpamayo, context: BatchContext, samples: int) -> Velocity:
     """The expert on the contexts of B rows, for several noisy actions of each.
 

@@ -27,6 +27,8 @@ class Acceptance:
 
     #: Tokens gained per pass of the target, the first token of a text excepted, which comes with the prompt.
     accept_length: Estimate
+    #: Share of all tokens that were guessed right; the first of a text never is.
+    routine_share: Estimate
     texts: int
     #: Mean tokens of a text, stop token included.
     text_length: float
@@ -39,12 +41,27 @@ class Acceptance:
     histogram: list[int]
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """What became of N texts, text by text."""
+
+    #: Blocks, and tokens that were guessed right: int64 [N].
+    blocks: Tensor
+    routine: Tensor
+    acceptance: Acceptance
+
+
 def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
-    """Go through all texts block by block."""
+    """Go through all texts block by block; intervals are over clips."""
+    return replay_texts(records, guess, block_size).acceptance
+
+
+def replay_texts(records: TextRecords, guess: Guess, block_size: int) -> Replayed:
+    """`replay`, with what became of each text."""
     tokens, lengths = records.tokens, records.lengths
     device = tokens.device
     place = torch.zeros_like(lengths)
-    blocks = torch.zeros_like(lengths)
+    blocks, routine = torch.zeros_like(lengths), torch.zeros_like(lengths)
     size = block_size - 1
     right, seen = torch.zeros(size, device=device), torch.zeros(size, device=device)
     starts, later = torch.zeros(2, device=device), torch.zeros(2, device=device)
@@ -65,10 +82,11 @@ def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
         histogram += torch.bincount(accepted, minlength=block_size)
         place[rows] = at + accepted + 1
         blocks[rows] += 1
+        routine[rows] += accepted
     spoken = lengths > 1
-    gained = (lengths - 1)[spoken].double().cpu().numpy()
-    return Acceptance(
-        accept_length=bootstrap_ratio(gained, blocks[spoken].double().cpu().numpy()),
+    found = Acceptance(
+        accept_length=_ratio((lengths - 1)[spoken], blocks[spoken], records.clips[spoken]),
+        routine_share=_ratio(routine, lengths, records.clips),
         texts=len(records),
         text_length=float(lengths.double().mean()),
         by_place=(right / seen.clamp(min=1)).tolist(),
@@ -76,6 +94,14 @@ def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
         first_later=float(later[0] / later[1].clamp(min=1)),
         histogram=histogram.tolist(),
     )
+    return Replayed(blocks, routine, found)
+
+
+def _ratio(values: Tensor, weights: Tensor, clips: Tensor) -> Estimate:
+    """Sum of the ones over the sum of the others, with an interval over clips; int64 [N] each."""
+    _, clip = clips.unique(return_inverse=True)
+    events, whole = (torch.bincount(clip, weights=t.double()).cpu().numpy() for t in (values, weights))
+    return bootstrap_ratio(events, whole)
 
 
 class NGrams:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdrive_node.engine.drafter import Drafter, drafter_slots
-from flashdrive_node.engine.drafter_config import DrafterConfig
+from flashdrive_node.engine.drafter_config import DFLASH, PARTS, ROUTINE, DrafterConfig, Part, Rotary, rotary_sections
 from flashdrive_node.engine.mask_embedding import MASK_FILES
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint_writer import released
@@ -30,6 +30,9 @@ def drafter_config(
     block_size: int = 8,
     context_length: int = 4,
     target_layer_ids: tuple[int, ...] | None = None,
+    rotary: Rotary = "local",
+    parts: tuple[Part, ...] = (),
+    image_cells: tuple[int, int] = (2, 3),
 ) -> DrafterConfig:
     """Architecture of a drafter for a target; heads and width are the target's.
 
@@ -40,6 +43,9 @@ def drafter_config(
         block_size: Tokens of a block, the known one included.
         context_length: States that a proposal looks at.
         target_layer_ids: Layers whose outputs are these states; by default the middle one and the last two.
+        rotary: Positions.
+        parts: Of the prompt, that a routine drafter looks at; DFlash has none.
+        image_cells: Rows and columns that images are averaged to.
 
     Raises:
         InputError: Sizes that make no drafter.
@@ -56,9 +62,11 @@ def drafter_config(
         num_layers=layers,
         intermediate_size=intermediate_size or target.text.intermediate_size,
         rope_theta=_ROPE_THETA,
-        mrope_section=(target.text.head_dim // 2, 0, 0),
+        mrope_section=rotary_sections(rotary, target.text),
     )
-    return DrafterConfig(decoder, ids, block_size, context_length, target.tokens.vocab_size)
+    parts = tuple(part for part in PARTS if part in parts)
+    mask = target.tokens.vocab_size
+    return DrafterConfig(decoder, ids, block_size, context_length, mask, rotary, parts, image_cells)
 
 
 def new_drafter(config: DrafterConfig, target: Alpamayo, seed: int) -> Drafter:
@@ -121,8 +129,16 @@ def save_drafter(drafter: Drafter, directory: Path, dtype: torch.dtype = torch.b
 
 def _content(config: DrafterConfig, dtype: torch.dtype) -> dict[str, object]:
     decoder = config.decoder
+    looks: dict[str, object] = {"architectures": [DFLASH]}
+    if config.variant == "routine":
+        looks = {
+            "architectures": [ROUTINE],
+            "rotary": config.rotary,
+            "prompt_parts": list(config.parts),
+            "image_cells": list(config.image_cells),
+        }
     return {
-        "architectures": ["DFlashDraftModel"],
+        **looks,
         "attention_bias": False,
         "block_size": config.block_size,
         "context_len": config.context_length,

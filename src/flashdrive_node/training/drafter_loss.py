@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, kl_div
 
 from flashdrive_node.engine.drafter import Drafter
+from flashdrive_node.engine.prompt_slots import PromptView
 from flashdrive_node.model.language import LanguageModel
+from flashdrive_node.training.prompt_views import PromptViews
 from flashdrive_node.training.text_records import TextRecords
 
 
@@ -39,6 +41,11 @@ class Blocks:
     labels: Tensor
     #: The target's states that these were drawn from, [M, block - 1, hidden].
     hidden: Tensor
+    #: Tokens in front of the known one in its text, int64 [M].
+    place: Tensor
+    #: What a routine drafter is shown of the prompts that they are of, and which of these each block is of, int64 [M].
+    view: PromptView | None
+    prompt: Tensor
 
 
 def anchors(records: TextRecords) -> Tensor:
@@ -47,9 +54,12 @@ def anchors(records: TextRecords) -> Tensor:
     return (places[None] < records.lengths[:, None] - 1).nonzero()
 
 
-def cut(records: TextRecords, chosen: Tensor, block_size: int, context_length: int) -> Blocks:
-    """Blocks at these anchors: int64 [M, 2]."""
+def cut(
+    records: TextRecords, chosen: Tensor, block_size: int, context_length: int, views: PromptViews | None = None
+) -> Blocks:
+    """Blocks at these anchors: int64 [M, 2]. A routine drafter's have their prompts with them."""
     row, place = chosen.unbind(1)
+    prompts, prompt = row.unique(return_inverse=True)
     device = chosen.device
     longest = records.tokens.shape[1]
     behind = place[:, None] + torch.arange(1, block_size, device=device)
@@ -57,10 +67,26 @@ def cut(records: TextRecords, chosen: Tensor, block_size: int, context_length: i
     behind = behind.clamp(max=longest - 1)
     return Blocks(
         records.tokens[row, place],
-        records.states[row[:, None], place[:, None] + torch.arange(context_length, device=device)],
+        last_states(records, row, place, context_length),
         torch.where(inside, records.tokens[row[:, None], behind], -1),
         records.hidden[row[:, None], behind],
+        place,
+        None if views is None else views.view(prompts),
+        prompt,
     )
+
+
+def last_states(records: TextRecords, rows: Tensor, places: Tensor, context_length: int) -> Tensor:
+    """Context of the tokens at these places: [M, context_length, context_size]."""
+    window = torch.arange(records.lead - context_length, records.lead, device=places.device)
+    return records.states[rows[:, None], places[:, None] + window]
+
+
+def guessed_logits(drafter: Drafter, language: LanguageModel, blocks: Blocks, forbidden: Tensor) -> Tensor:
+    """What a drafter thinks of blocks: float32 [M, block - 1, vocabulary], `forbidden` added."""
+    memory = None if blocks.view is None else drafter.read(blocks.view).rows(blocks.prompt)
+    guesses = drafter(embedding(blocks.known, language.embed_tokens.weight), blocks.context, memory, blocks.place)
+    return language.logits(guesses) + forbidden
 
 
 def block_loss(
@@ -78,8 +104,7 @@ def block_loss(
     Returns:
         A scalar with a gradient, and float32 [block - 1] without.
     """
-    guesses = drafter(embedding(blocks.known, language.embed_tokens.weight), blocks.context)
-    logits = language.logits(guesses) + forbidden
+    logits = guessed_logits(drafter, language, blocks, forbidden)
     counts = blocks.labels >= 0
     places = torch.arange(blocks.labels.shape[1], device=logits.device)
     weight = torch.exp(-places / settings.gamma) * counts

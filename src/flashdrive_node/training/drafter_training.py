@@ -11,22 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from flashdrive_node.engine.drafter import Drafter
-from flashdrive_node.engine.speculative import forbidden_bias
-from flashdrive_node.training.acceptance import Acceptance, Guess, NGrams, replay, texts_of
+from flashdrive_node.training.acceptance import Acceptance, NGrams, replay, texts_of
+from flashdrive_node.training.draft_replay import DraftingTarget, acceptance_of
 from flashdrive_node.training.drafter_files import save_drafter, trainable
 from flashdrive_node.training.drafter_loss import BlockLoss, anchors, block_loss, cut
 from flashdrive_node.training.optimiser import Optimiser
-from flashdrive_node.training.text_records import (
-    Scenes,
-    TextRecorder,
-    TextRecords,
-    join_records,
-    take,
-)
+from flashdrive_node.training.prompt_views import views_of
+from flashdrive_node.training.text_records import TextRecorder, TextRecords, join_records
 from flashdrive_node.training.training_log import TrainingLog, mean_rows
 
 logger = logging.getLogger(__name__)
@@ -65,41 +59,36 @@ class DrafterTrainer:
         """Take a drafter over.
 
         Args:
-            recorder: Of the target, with the drafter's layers and context.
+            recorder: Of the target, with the drafter's layers and as many states as it looks at.
             drafter: New or trained before, on the target's device; every part of it is trained on.
             settings: Of the run.
         """
         self.recorder, self.settings = recorder, settings
         self.drafter = trainable(drafter)
-        policy = recorder.policy
-        self.language = policy.model.language.requires_grad_(False)
-        bias = forbidden_bias(policy.model, policy.rule)
-        assert bias is not None
-        self.forbidden = bias
-        self.log = TrainingLog({"settings": asdict(settings), "device": str(policy.model.device)})
+        self.target = DraftingTarget.of(recorder)
+        device = str(recorder.policy.model.device)
+        self.log = TrainingLog({"settings": asdict(settings), "drafter": drafter.config.variant, "device": device})
 
-    def run(self, training: Iterable[Scenes], held_out: Iterable[Scenes]) -> TrainingLog:
-        """Write texts, learn, measure.
+    def run(self, training: Iterable[TextRecords], held_out: Iterable[TextRecords]) -> TrainingLog:
+        """Have texts written, learn, measure.
 
         Args:
-            training: Windows to learn from.
-            held_out: Windows of other clips.
+            training: Records to learn from, without end or few.
+            held_out: Of other clips.
 
         Raises:
             InputError: One of them gives no text.
         """
         s = self.settings
         started = time.monotonic()
-        measured = self._written(held_out, s.held_out, "held out", 15 * s.writing_minutes)
-        records = self._written(training, s.texts, "texts", 60 * s.writing_minutes)
+        measured = collect(held_out, s.held_out, "held out", 15 * s.writing_minutes)
+        records = collect(training, s.texts, "texts", 60 * s.writing_minutes)
         writing_s = time.monotonic() - started
-        steps, learning_s = self._learn(records)
-        config = self.drafter.config
-        self.drafter.requires_grad_(False).eval()
-        grams = NGrams(texts_of(records))
+        steps, learning_s = self.learn(records)
+        grams, block = NGrams(texts_of(records)), self.drafter.config.block_size
         found = {
-            "drafter": replay(measured, self.guesser(measured), config.block_size),
-            "n-grams": replay(measured, grams.guesser(measured, config.block_size), config.block_size),
+            "drafter": acceptance_of(self.drafter, self.recorder, measured),
+            "n-grams": replay(measured, grams.guesser(measured, block), block),
         }
         self.log.result = {
             "acceptance": {name: asdict(acceptance) for name, acceptance in found.items()},
@@ -118,49 +107,21 @@ class DrafterTrainer:
         self.log.result["bytes"] = written
         self.log.write(directory)
 
-    def guesser(self, records: TextRecords) -> Guess:
-        """The drafter on recorded states, for `replay`."""
-        window = torch.arange(self.drafter.config.context_length, device=self.forbidden.device)
-        policy = self.recorder.policy
-        closing, stop = policy.tokenizer.id("cot_end"), policy.rule.stop
-        assert stop is not None
-
-        def guess(rows: Tensor, places: Tensor) -> Tensor:
-            context, known = records.states[rows[:, None], places[:, None] + window], records.tokens[rows, places]
-            with torch.no_grad():
-                guesses = self.drafter.propose(self.language, known, context, self.forbidden)
-            # As decoding does: behind the end of the reasoning comes the stop token.
-            before = torch.cat((known[:, None], guesses[:, :-1]), dim=1)
-            return torch.where(before == closing, stop, guesses)
-
-        return guess
-
-    def _written(self, scenes: Iterable[Scenes], texts: int, name: str, limit_s: float) -> TextRecords:
-        parts, started = [], time.monotonic()
-        try:
-            with tqdm(total=texts, desc=name, unit="text") as bar:
-                for records in take(self.recorder, scenes, texts):
-                    parts.append(records)
-                    bar.update(len(records))
-                    if time.monotonic() - started > limit_s:
-                        break
-        finally:
-            if isinstance(scenes, Generator):
-                scenes.close()  # ends the processes behind it
-        return join_records(parts)
-
-    def _learn(self, records: TextRecords) -> tuple[int, float]:
-        s, config, device = self.settings, self.drafter.config, self.forbidden.device
+    def learn(self, records: TextRecords) -> tuple[int, float]:
+        """Learn from these texts until steps or time are used up, and leave the drafter for use: steps and seconds."""
+        s, config, target = self.settings, self.drafter.config, self.target
+        device = target.forbidden.device
         optimiser = Optimiser(self.drafter.named_parameters(), s.rate, s.decay, matrix_rate=s.matrix_rate)
         generator = torch.Generator(device).manual_seed(s.seed)
         places = anchors(records)
+        views = views_of(records, self.recorder.prompt, config, target.room)
         started, limit_s, clock, step = time.monotonic(), 60 * s.minutes, 0.0, 0
         rows: list[dict[str, Any]] = []
         with tqdm(total=round(limit_s), desc="learning", unit="s") as bar:
             while clock < 1:
                 chosen = places[torch.randint(len(places), (s.batch,), device=device, generator=generator)]
-                blocks = cut(records, chosen, config.block_size, config.context_length)
-                loss, right = block_loss(self.drafter, self.language, blocks, self.forbidden, s.loss)
+                blocks = cut(records, chosen, config.block_size, config.context_length, views)
+                loss, right = block_loss(self.drafter, target.language, blocks, target.forbidden, s.loss)
                 loss.backward()
                 seconds = time.monotonic() - started
                 step += 1
@@ -174,7 +135,29 @@ class DrafterTrainer:
                     rows = []
                     bar.update(round(seconds) - bar.n)
         optimiser.use_average()
+        self.drafter.requires_grad_(False).eval()
         return step, time.monotonic() - started
+
+
+def collect(parts: Iterable[TextRecords], texts: int, name: str, limit_s: float = math.inf) -> TextRecords:
+    """Records of so many texts, or of what is written in this time.
+
+    Raises:
+        InputError: There is none.
+    """
+    found, count, started = [], 0, time.monotonic()
+    try:
+        with tqdm(total=texts, desc=name, unit="text") as bar:
+            for records in parts:
+                found.append(records)
+                count += len(records)
+                bar.update(len(records))
+                if count >= texts or time.monotonic() - started > limit_s:
+                    break
+    finally:
+        if isinstance(parts, Generator):
+            parts.close()  # ends the processes behind it
+    return join_records(found)
 
 
 def table(found: dict[str, Acceptance]) -> str:

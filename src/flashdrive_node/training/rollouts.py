@@ -7,7 +7,7 @@ or never does, so rollouts of every length and kind are among the samples: each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from flashdrive_node.model.action_space import yaw_matrix
 from flashdrive_node.model.batched import BatchContext
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.history_tokens import encode_history
-from flashdrive_node.training.text_records import Scenes, stacked
+from flashdrive_node.training.scene_change import SceneWatch
+from flashdrive_node.training.text_records import Scenes, TextRecorder, TextRecords, stacked
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Samples(NamedTuple):
     actions: Tensor
     #: Windows since the stream began, this one included, int64 [B].
     lengths: Tensor
+    #: At t0, m/s, float32 [B].
+    speeds: Tensor
+    #: The texts, for a drafter; None where not asked for.
+    records: TextRecords | None
 
 
 class Rollouts(Iterator[Samples]):
@@ -66,6 +71,7 @@ class Rollouts(Iterator[Samples]):
         seed: int,
         fresh: bool = False,
         repeat: bool = True,
+        recorder: TextRecorder | None = None,
     ):
         """Begin as many streams as there are lanes.
 
@@ -76,18 +82,23 @@ class Rollouts(Iterator[Samples]):
             seed: Of all that is drawn.
             fresh: Whether windows are computed from scratch as well.
             repeat: Begin again behind the last clip.
+            recorder: Of the same policy; makes records of the texts.
 
         Raises:
             InputError: No lane.
         """
         if settings.lanes < 1:
             raise InputError(f"1 lane or more is required, found {settings.lanes}")
-        self.policy, self.settings, self.fresh = policy, settings, fresh
+        self.policy, self.settings, self.fresh, self.recorder = policy, settings, fresh, recorder
         self._rng = np.random.default_rng(seed)
         self._clips = _clips(source, repeat)
         #: Made with the first window, whose layout all must have.
         self._streams: BatchedStreams | None = None
         self._windows: list[Iterator[Window] | None] = [None] * settings.lanes
+        # Of each lane: the number of its clip, and whether its scene has just changed.
+        self._clip, self._changed = [-1] * settings.lanes, [False] * settings.lanes
+        self._watches = [SceneWatch() for _ in range(settings.lanes)]
+        self._begun = 0
         #: Lanes that have had no clip yet.
         self._fresh = set(range(settings.lanes))
         #: Streams to begin anew with their next window, and how they are refreshed from then on, where that changes.
@@ -118,11 +129,22 @@ class Rollouts(Iterator[Samples]):
         told = scenes.history_xyz, scenes.history_rot, scenes.navigation
         context, logits = read_windows(streams, policy, lanes, stamps, frames, *told)
         texts = batched.decode(policy.model, context, logits, policy.sampling, policy.rule, policy.generator).rows()
+        records: TextRecords | None = None
+        if self.recorder is not None:
+            layout, device = streams.layout, policy.model.device
+            prompts = layout.build(encode_history(*told[:2], policy.model.config), scenes.navigation)
+            records = replace(
+                self.recorder.told(layout, context, prompts, texts, streams.embeddings(lanes)),
+                clips=torch.tensor([self._clip[lane] for lane in lanes], device=device),
+                changed=torch.tensor([int(self._changed[lane]) for lane in lanes], device=device),
+            )
         return Samples(
             context,
             self._from_scratch(scenes, texts, context.missing) if self.fresh else None,
             self._actions(scenes, [truth for _, _, truth in found]),
             torch.tensor([streams.windows[lane] for lane in lanes], device=policy.model.device),
+            policy.model.action_space.initial_speed(scenes.history_xyz, scenes.history_rot),
+            records,
         )
 
     def _streams_for(self, images: Tensor) -> BatchedStreams:
@@ -146,10 +168,14 @@ class Rollouts(Iterator[Samples]):
                 windows = self._windows[lane] = clip.windows if s.lanes == 1 else self._taken(lane, clip)
                 every, views = int(rng.choice(s.refresh_every)), bool(rng.random() < s.refresh_views)
                 self._changes[lane] = StreamSettings("kv", every, views)
+                self._clip[lane], self._begun = self._begun, self._begun + 1
+                self._watches[lane].begin()
             window = next(windows, None)
             if window is None:
                 self._windows[lane] = None
                 continue
+            sentence = None if window.truth is None else window.truth.sentence
+            self._changed[lane] = self._watches[lane].see(sentence)
             if window.truth is None or rng.random() < s.drop:
                 continue
             if rng.random() < s.reset:
