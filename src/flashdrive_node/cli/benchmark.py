@@ -19,6 +19,7 @@ from flashdrive_node.evaluation.random_drive import RandomDrive
 from flashdrive_node.evaluation.random_networks import random_drafter, random_model, write_random_checkpoint
 from flashdrive_node.evaluation.roofline import measure_ceilings
 from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.presets import alpamayo_1_5_10b, alpamayo_r1_10b
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=standard.runs, help="measured windows per configuration (20)")
     parser.add_argument("--warm-up", type=int, default=standard.warm_up, help="windows before (default: 3)")
     parser.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
-    parser.add_argument("--precision", default="auto", help="float32, bfloat16 or auto")
+    parser.add_argument("--precision", default="auto", help="float32, bfloat16, a preset, STAGE=FORMAT,... or auto")
     parser.add_argument("--image-size", default="1080x1920", help="height x width of the frames (default: 1080x1920)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark.json, benchmark.md and benchmark.png")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: tables and picture of an old run")
@@ -83,31 +84,34 @@ def _measure(args: argparse.Namespace) -> Report:
     procedure = Procedure(
         args.tokens, args.accept_length, FlowSchedule.parse(args.flow_schedule), args.warm_up, args.runs
     )
-    engine = PlainEngine(settings)
-    load: dict[str, float] = {}
-    if args.dims and not args.load_from:
-        engine.loaded = random_model(DIMENSIONS[args.dims](), settings.torch_device, settings.dtype)
-    else:
-        if args.load_from:
-            print(f"writing a random checkpoint of {args.dims} dimensions to {args.load_from}", flush=True)
-            write_random_checkpoint(DIMENSIONS[args.dims](), args.load_from, settings.torch_device)
-        load = measure_load(engine)
-    loaded = engine.loaded
-    assert loaded is not None
+    dims, device = args.dims and DIMENSIONS[args.dims](), settings.torch_device
+    if args.load_from:
+        print(f"writing a random checkpoint of {args.dims} dimensions to {args.load_from}", flush=True)
+        write_random_checkpoint(dims, args.load_from, device)
+
+    def load() -> LoadedModel:
+        if dims and not args.load_from:
+            return random_model(dims, device, settings.dtype, settings.stages)
+        engine = PlainEngine(settings)
+        engine.load()
+        assert engine.loaded is not None
+        return engine.loaded
+
+    loaded, memory = measure_load(load, device)
     model = loaded.model
     drafter, drafter_name = None, "none"
     if any(CONFIGURATIONS[name].speculative for name in args.configurations):
         drafter_name = str(args.drafter or "random, of the published dimensions")
         drafter = (
-            load_drafter(args.drafter, model.config, model.device, model.dtype)
+            load_drafter(args.drafter, model.config, model.device, model.dtype, loaded.precision)
             if args.drafter
-            else random_drafter(model)
+            else random_drafter(model, stages=loaded.precision)
         )
     drive = RandomDrive(model.config, settings.image_size, settings.cameras, settings.frames)
     report = Report(
         conditions(loaded, drive, procedure, args.dims is not None, drafter_name),
         measure_ceilings(model.device, model.dtype),
-        load=load,
+        load=memory,
     )
     for samples in args.samples:
         for name in args.configurations:

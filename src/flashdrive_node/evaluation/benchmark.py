@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -22,6 +22,8 @@ from flashdrive_node.evaluation.random_drive import RandomDrive
 from flashdrive_node.evaluation.roofline import Ceilings, Floor, Workload, stage_floors
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
+from flashdrive_node.model.precision import StagePrecision
+from flashdrive_node.model.presets import parameter_count
 
 GIB = 2**30
 #: Any word: what texts of a fixed length are made of.
@@ -73,14 +75,14 @@ def conditions(
     """What a latency depends on: machine, versions, precision, sizes, and what was put in."""
     model = loaded.model
     on_gpu = model.device.type == "cuda"
-    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
     height, width = drive.image_size
     return {
         "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "precision": str(model.dtype).removeprefix("torch."),
-        "parameters": f"{parameters:,}",
+        "precision": dtype if loaded.precision == StagePrecision() else f"{loaded.precision.name}, the rest {dtype}",
+        "parameters": f"{parameter_count(model.config):,}",
         "weights": "random: latencies only, no accuracy" if random_weights else "from the checkpoint",
         "drafter": drafter,
         "frames": f"{width} x {height} uint8 in host memory, one new one per camera and window",
@@ -216,9 +218,8 @@ def _synchronised_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_load(engine: PlainEngine) -> dict[str, float]:
-    """Load the engine's checkpoint and say how long it took and how much device memory it needed on the way."""
-    device = engine.settings.torch_device
+def measure_load(load: Callable[[], LoadedModel], device: torch.device) -> tuple[LoadedModel, dict[str, float]]:
+    """Load or make a model, and say how long it took and how much device memory it needed on the way."""
     on_gpu = device.type == "cuda"
     before = 0
     if on_gpu:
@@ -226,11 +227,10 @@ def measure_load(engine: PlainEngine) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start_s = time.perf_counter()
-    engine.load()
-    assert engine.loaded is not None
-    weights = sum(t.nbytes for t in (*engine.loaded.model.parameters(), *engine.loaded.model.buffers()))
+    loaded = load()
+    weights = sum(t.nbytes for t in (*loaded.model.parameters(), *loaded.model.buffers()))
     found = {"seconds": time.perf_counter() - start_s, "weights_gib": weights / GIB}
     if on_gpu:
         found["peak_gib"] = (torch.cuda.max_memory_allocated(device) - before) / GIB
         found["peak_above_weights_gib"] = found["peak_gib"] - found["weights_gib"]
-    return found
+    return loaded, found

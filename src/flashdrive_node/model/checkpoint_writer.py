@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -94,10 +94,26 @@ def random_checkpoint(
     return write_checkpoint(specs, config, directory, max_shard_bytes, dtype, tokenizer_files_dir)
 
 
-def random_weights(model: nn.Module, config: AlpamayoConfig, device: torch.device | str, seed: int = 0) -> None:
-    """Fill a model, in its own types, with what `random_checkpoint` would write in bfloat16 on the same device."""
+def random_weights(
+    model: nn.Module,
+    config: AlpamayoConfig,
+    device: torch.device | str,
+    seed: int = 0,
+    skip: Container[str] = (),
+) -> None:
+    """Fill a model, in its own types, with what `random_checkpoint` would write in bfloat16 on the same device.
+
+    Args:
+        model: On the meta device, or filled.
+        config: Its architecture.
+        device: Where the weights go.
+        seed: Of the numbers.
+        skip: Parameters that the model does not have, because other layers stand in their places.
+    """
     device = torch.empty(0, device=device).device
     for slot in release_slots(config):
+        if slot.target in skip:
+            continue
         target = materialise(model, slot.target, device)
         place_of(slot, target).copy_(random_tensor(slot, config, seed, device, torch.bfloat16).view(-1))
 
