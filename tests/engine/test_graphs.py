@@ -266,6 +266,15 @@ def test_streams_over_one_set_of_weights_do_not_affect_each_other(loaded):
     assert_equal(found, [alone.step(w) for w in DRIVE])
 
 
+def adding_to(x: torch.Tensor) -> Callable[[], None]:
+    """A function that adds 1, by way of memory of its own."""
+
+    def add() -> None:
+        x.add_(torch.ones_like(x))
+
+    return add
+
+
 @on_gpu
 def test_a_function_that_cannot_be_captured_runs_step_by_step():
     graphs, x = Graphs(torch.device("cuda")), torch.zeros(2, device="cuda")
@@ -277,16 +286,28 @@ def test_a_function_that_cannot_be_captured_runs_step_by_step():
         graphs.run("peeks", peeks)
     assert x.tolist() == [4.0, 4.0]
     assert list(graphs.refused) == ["peeks"]
-    graphs.run("adds", lambda: x.add_(1) and None)
-    graphs.run("adds", lambda: x.add_(1) and None)
-    assert x.tolist() == [6.0, 6.0]
+    for _ in range(3):
+        graphs.run("adds", adding_to(x))
+    assert x.tolist() == [7.0, 7.0]
     assert graphs.captures == 1
+
+
+@on_gpu
+def test_graphs_are_captured_again_when_all_were_forgotten():
+    graphs, x = Graphs(torch.device("cuda"), limit=1), torch.zeros(1 << 20, device="cuda")
+    for key in ("a", "a", "a", "b", "b", "b"):  # the only graph makes room
+        graphs.run(key, adding_to(x))
+    graphs.clear()
+    for _ in range(3):
+        graphs.run("a", adding_to(x))
+    assert x.unique().tolist() == [9.0]
+    assert (graphs.captures, graphs.refused) == (3, {})
 
 
 @on_gpu
 def test_the_graph_unused_for_longest_goes_first():
     graphs, x = Graphs(torch.device("cuda"), limit=2), torch.zeros(1, device="cuda")
     for key in ("a", "a", "b", "b", "a", "c", "c", "a", "b", "b"):
-        graphs.run(key, lambda: x.add_(1) and None)
+        graphs.run(key, adding_to(x))
     assert x.item() == 10
     assert graphs.captures == 4  # a, b, c, and b again

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Graphs:
         self.capture_s = 0.0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._pool: Any = None  # a handle, of a type that PyTorch does not name
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -56,7 +58,9 @@ class Graphs:
         if entry is None:
             self._entries[key] = _Entry()
             if len(self._entries) > self.limit:
-                self._entries.popitem(last=False)
+                _, oldest = self._entries.popitem(last=False)
+                if oldest.graph is not None:
+                    torch.cuda.synchronize(self.device)  # it may be running
             function()
             return
         self._entries.move_to_end(key)
@@ -80,10 +84,10 @@ class Graphs:
 
     def _capture(self, key: Hashable, entry: _Entry, function: Callable[[], None]) -> None:
         start_s = time.perf_counter()
-        if self._pool is None:
+        if self._pool is None or all(other.graph is None for other in self._entries.values()):
+            # A pool dies with its last graph, and its handle cannot be used again.
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(self.device)
-        assert self._stream is not None
+        self._stream = self._stream or torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
@@ -96,6 +100,7 @@ class Graphs:
                     graph.capture_end()
         except RuntimeError as error:
             entry.refused = str(error)
+            self._abandon(graph)
             torch.cuda.synchronize(self.device)
             logger.warning("no CUDA graph of %s, it runs step by step: %s", key, error)
         else:
@@ -103,3 +108,11 @@ class Graphs:
             self.captures += 1
             self.capture_s += time.perf_counter() - start_s
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Let the allocator forget a capture that failed: it would refuse the next one into the same pool."""
+        self._failed.append(graph)  # page-locked memory's allocator goes on asking it
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with suppress(RuntimeError):  # the capture has ended for the allocator already
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        self._pool = None

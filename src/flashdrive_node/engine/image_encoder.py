@@ -116,6 +116,9 @@ class ImageEncoder:
                 shape = (count, *size, 3)
                 device = torch.empty(shape, dtype=torch.uint8, device=self.model.device)
                 self._frames[size] = torch.empty(shape, dtype=torch.uint8, pin_memory=device.is_cuda), device
+                if self._uploads is not None:
+                    # This memory may have been that of work that is still under way on the other stream.
+                    self._uploads.wait_stream(torch.cuda.current_stream(self.model.device))
 
     def _features_for(self, cameras: Sequence[Tensor]) -> Tensor:
         """Room for the features of frames [frames, 3, height, width]."""
