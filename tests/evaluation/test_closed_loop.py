@@ -13,7 +13,14 @@ from torch import Tensor
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation import closed_loop
 from flashdrive_node.evaluation.closed_loop import ClosedLoop, Observation
-from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings, SceneRow, drive_batch, expert_scores
+from flashdrive_node.evaluation.closed_loop_run import (
+    ClosedLoopWork,
+    RunSettings,
+    SceneRow,
+    drive_batch,
+    expert_scores,
+    frames_for,
+)
 from flashdrive_node.evaluation.devices import spread
 from flashdrive_node.evaluation.policies import ConstantVelocity, Plans, Policy
 from flashdrive_node.evaluation.scores import Scores, Tally
@@ -67,6 +74,12 @@ def test_the_expert_is_the_measure_of_itself() -> None:
         assert row.progress == row.scene_score == 1.0
         assert row.scores["comfort"] > 0.9
         assert row.scores["distance_m"] >= 0
+
+
+def test_few_scenes_are_not_filled_up_to_many() -> None:
+    assert [frames_for("cuda", (288, 160), scenes).chunk for scenes in (1, 33, 200, 500)] == [16, 48, 208, 256]
+    assert frames_for("cuda", (64, 32), 33).compiled
+    assert (frames_for("cpu", (64, 32), 33).chunk, frames_for("cpu", (64, 32), 33).width) == (8, 64)
 
 
 class Silent:

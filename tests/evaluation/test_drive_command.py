@@ -13,6 +13,7 @@ import torch
 from flashdrive_node.cli.main import main
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.evaluation.ablation_runs import ConfiguredDrives
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings
 from flashdrive_node.evaluation.history_baseline import FILE_NAME, HistoryBaseline
@@ -150,6 +151,18 @@ def test_streams_drive(checkpoint: Path) -> None:
         driven = ClosedLoopWork(("model",), model, run, (64, 32))([3, 4], "cpu", lambda _: None)
         rows[name] = [row.scores["distance_m"] for _, row in driven]
     assert rows["features"] == pytest.approx(rows["plain"], abs=1e-4)
+
+
+def test_configurations_drive_the_same_scenes(checkpoint: Path) -> None:
+    several = settings(checkpoint, samples=3)
+    streams = StreamingSettings(**vars(several), stream=StreamSettings("kv"))
+    drives = ConfiguredDrives({"plain": several, "kv": streams}, RunSettings("validation", 0.1), (64, 32))
+    steps: list[int] = []
+    driven = drives([3, 4], "cpu", steps.append)
+    assert sum(steps) == drives.total([3, 4]) == 2
+    assert [(name, row.index, row.texts) for name, row in driven] == [
+        ("plain", 3, 1), ("plain", 4, 1), ("kv", 3, 1), ("kv", 4, 1),
+    ]  # fmt: skip
 
 
 def test_the_streaming_engine_by_command(checkpoint: Path, tmp_path: Path) -> None:

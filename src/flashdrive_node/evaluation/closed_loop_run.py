@@ -95,7 +95,7 @@ class ClosedLoopWork:
         """Name of the policy and a row, for every policy and scene."""
         model = replace(self.model, device=device)
         policies = {name: make_policy(name, model, self.run.policy_batch) for name in self.policies}
-        frames = FrameSettings.for_device(device, *self.size)
+        frames = frames_for(device, self.size, min(len(indices), self.run.batch))
         rows: list[tuple[str, SceneRow]] = []
         for first in range(0, len(indices), self.run.batch):
             part = list(indices[first : first + self.run.batch])
@@ -111,6 +111,16 @@ class ClosedLoopWork:
                 rows += [(name, row) for row in drive_batch(policy, part, scene, expert, self.run, frames, on_step)]
                 film.write(self.folder / name, [part[row] for row in film.rows])
         return rows
+
+
+def frames_for(device: str, size: tuple[int, int], scenes: int) -> FrameSettings:
+    """How pictures of so many scenes in lock-step are made; `size` is width and height.
+
+    Compiled chunks are filled up, so they are not made much larger than the scenes are many; steps of 16 keep the sizes
+    few that are compiled for.
+    """
+    settings = FrameSettings.for_device(device, *size)
+    return replace(settings, chunk=min(settings.chunk, -(-scenes // 16) * 16))
 
 
 def drive_batch(
