@@ -9,6 +9,7 @@ from flashdrive_node.cli.main import main
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
 from support.driven_bag import RIG, write_bag
+from support.quantised import NARROW, plain_model
 
 
 @pytest.fixture
@@ -105,3 +106,34 @@ def test_ablate(checkpoint, options, model, tmp_path, capsys) -> None:
     assert "configuration 'kv-tuned' requires --overlay, found none" in capsys.readouterr().err
     assert main([*command, "--workers", "0"]) == 2
     assert "--workers must be at least 1, found 0" in capsys.readouterr().err
+
+
+def test_precisions_side_by_side(options, tmp_path, capsys) -> None:
+    """Quantise by both methods, then one table of all precisions."""
+    model = plain_model(tmp_path / "tokenizer", NARROW | {"layers": 1})
+    plain = save_checkpoint(model, model.config, tmp_path / "p", tokenizer_files_dir=tmp_path / "tokenizer")
+    clips = [*options[:4], "--device", "cpu"]
+    for method in ("paroquant", "nearest"):
+        command = ["quantize", str(plain), str(tmp_path / method), "--method", method, *clips, "--limit", "2"]
+        assert main([*command, "--stride", "1", "--rows", "8", "--steps", "2", "--rounding-steps", "2"]) == 0
+    out = tmp_path / "out"
+    fours = [
+        f"w4a8={tmp_path / 'paroquant'}",
+        f"w4a16={tmp_path / 'paroquant'}",
+        f"nearest={tmp_path / 'nearest'},w4a8",
+    ]
+    command = ["ablate", str(plain), *options, "--temperature", "0", "--windows", "1", "--out", str(out)]
+    assert main([*command, "--precisions", "bf16", "fp8", *fours]) == 0
+    content = json.loads((out / "ablation.json").read_text())
+    assert list(content) == ["bf16", "fp8", "w4a8", "w4a16", "nearest"]
+    for name, one in content.items():
+        assert one["settings"]["precision"] == ("w4a8" if name == "nearest" else name)
+        assert one["settings"]["same_as"] == name
+        assert ("changed" in one["texts"]) == (name != "bf16")
+    assert content["fp8"]["errors"] != content["bf16"]["errors"] != content["w4a8"]["errors"]
+    assert "| changed |" in (out / "ablation.md").read_text()
+    capsys.readouterr()
+    assert main([*command, "--precisions", "bf16", "bf16=x"]) == 2
+    assert "different names of letters, digits and dashes are required" in capsys.readouterr().err
+    assert main([*command, "--precisions", "bf16", "--configurations", "plain"]) == 2
+    assert "--precisions or --configurations is required, found both" in capsys.readouterr().err

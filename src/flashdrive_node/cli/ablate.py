@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.devices import devices_of, spread
 from flashdrive_node.evaluation.evaluation import ResultFolder
 from flashdrive_node.evaluation.lockstep import HeldClips, LockstepWork
+from flashdrive_node.evaluation.policies import weights_of
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 
@@ -41,6 +44,8 @@ CONFIGURATIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "all-features": (("drafter", "flow_schedule"), {}),
     "all": (("drafter", "flow_schedule", "overlay"), {"stream_mode": "kv"}),
 }
+#: Of a precision: it is also the name of a folder.
+_NAME = re.compile(r"[\w-]+")
 #: What a configuration goes without where it is not given.
 _OPTIONAL = {"all": ("overlay",)}
 
@@ -51,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--configurations", nargs="+", choices=sorted(CONFIGURATIONS), metavar="NAME",
         help=f"of {', '.join(CONFIGURATIONS)}; the first is compared with (default: all whose files are given)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precisions", nargs="+", metavar="NAME[=CHECKPOINT[,PRECISION]]",
+        help="in place of configurations: precisions, of the checkpoint or of others, such as bf16 w4a8=OUT "
+        "nearest=OUT_2,w4a8; the first is compared with",
     )  # fmt: skip
     add_clip_options(parser, PROTOCOL_WINDOWS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; a run that was cut goes on")
@@ -83,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         raise InputError("a checkpoint is required, or --report-only")
+    if args.precisions and args.configurations:
+        raise InputError("--precisions or --configurations is required, found both")
     for name, least in (("clips_at_once", 1), ("workers", 1), ("latency_clips", 1), ("closed_loop", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(args, name)}")
@@ -94,12 +106,12 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
     settings = {name: engine_settings(own[name], image_size(args)) for name in names}
     same = same_as(settings)
     held = HeldClips(clip_source(args, settings[names[0]].torch_device), args.latency_clips)
-    loaded: dict[Path | None, LoadedModel | None] = {}
+    loaded: dict[Hashable, LoadedModel | None] = {}
     for name in names:
-        overlay = own[name].overlay
+        weights = weights_of(settings[name])
         timed = ResultFolder(args.out / LATENCY / name)
-        # Weights are read once, and once more with an overlay.
-        loaded[overlay] = answer_clips(own[name], timed, loaded.get(overlay), held)
+        # Weights are read once, and once more with an overlay or in another precision.
+        loaded[weights] = answer_clips(own[name], timed, loaded.get(weights), held)
         ResultFolder(args.out / name).prepare(timed.settings() | {SAME_AS: same[name]})
     loaded.clear()
     devices = devices_of(args.device) * args.workers
@@ -142,8 +154,15 @@ def chosen_configurations(args: argparse.Namespace) -> list[str]:
     """Names in order.
 
     Raises:
-        InputError: One was asked for whose files are not given.
+        InputError: One was asked for whose files are not given, or a precision twice.
     """
+    if args.precisions:
+        names = [text.partition("=")[0] for text in args.precisions]
+        if len(set(names)) < len(names) or not all(_NAME.fullmatch(name) for name in names):
+            raise InputError(
+                f"--precisions: different names of letters, digits and dashes are required, found {' '.join(names)}"
+            )
+        return names
     missing = {
         name: [o for o in options if getattr(args, o) is None and o not in _OPTIONAL.get(name, ())]
         for name, (options, _) in CONFIGURATIONS.items()
@@ -158,6 +177,15 @@ def chosen_configurations(args: argparse.Namespace) -> list[str]:
 
 def configured(args: argparse.Namespace, name: str) -> argparse.Namespace:
     """The command line as it would be for one configuration."""
+    if args.precisions:
+        return argparse.Namespace(**(vars(args) | _precision(args, name)))
     options, changes = CONFIGURATIONS[name]
     given = {option: getattr(args, option) for option in options}
     return argparse.Namespace(**(vars(args) | _OFF | changes | given))
+
+
+def _precision(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Checkpoint and precision of one of ``--precisions``."""
+    text = next(text for text in args.precisions if text.partition("=")[0] == name)
+    checkpoint, _, precision = text.partition("=")[2].partition(",")
+    return {"checkpoint": checkpoint or args.checkpoint, "precision": precision or name}

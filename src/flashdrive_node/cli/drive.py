@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", default="288x160", help="width x height of the pictures (default: 288x160)")
     parser.add_argument("--device", default="auto", help="devices, with commas (default: all GPUs, or the CPU)")
-    parser.add_argument("--precision", default="auto", help="auto, float32, bfloat16, fp8, w4a8 or w4a16")
+    parser.add_argument("--precision", default="auto", help="auto, float32, bfloat16, a preset or STAGE=FORMAT,...")
     parser.add_argument("--samples", type=int, help="trajectories per plan (default: 1; open loop: 6)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the reasoning (default: 0, greedy)")
     parser.add_argument("--flow-steps", type=int, metavar="N", help="default: the checkpoint's")

@@ -41,7 +41,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-generation-length", type=int, default=128, metavar="N", help="longest reasoning, tokens")
     group.add_argument("--seed", type=int, default=0, help="of texts and noise (default: 0)")
     group.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
-    group.add_argument("--precision", default="auto", help="auto, float32, bfloat16, fp8, w4a8 or w4a16")
+    group.add_argument("--precision", default="auto", help="auto, float32, bfloat16, a preset or STAGE=FORMAT,...")
 
 
 def add_stream_options(group: argparse._ArgumentGroup) -> None:

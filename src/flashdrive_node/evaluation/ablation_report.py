@@ -13,7 +13,13 @@ from flashdrive_node.evaluation.metrics import Estimate
 
 #: Stages of the table, in order.
 _STAGES = ("images", "encode", "prefill", "decode", "action", "total")
-_SHARES = {"empty": "empty", "malformed": "malformed", "same_label": "cause right", "agree_with_path": "agrees"}
+_SHARES = {
+    "empty": "empty",
+    "malformed": "malformed",
+    "same_label": "cause right",
+    "agree_with_path": "agrees",
+    "changed": "changed",
+}
 _COLORS = ("#222222", "#9a9a9a", "#c04f3c", "#e0872b", "#d9b23c", "#4a9d5b", "#2fa3a3", "#2b6fb3", "#8a4f9e", "#c774ad")
 
 

@@ -11,16 +11,16 @@ from typing import Any
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.evaluation.closed_loop_run import ClosedLoopWork, RunSettings, SceneRow
 from flashdrive_node.evaluation.devices import Progress
-from flashdrive_node.evaluation.policies import MODEL
+from flashdrive_node.evaluation.policies import MODEL, weights_of
 from flashdrive_node.model.errors import InputError
 
 
 def function_of(settings: PlainSettings) -> Hashable:
     """Equal for settings that answer alike: features that are kept and guesses that are checked change nothing."""
     if not isinstance(settings, StreamingSettings):
-        return settings.overlay, None, None
+        return weights_of(settings), None, None
     stream = settings.stream if settings.stream.mode == "kv" else None
-    return settings.overlay, stream, settings.schedule
+    return weights_of(settings), stream, settings.schedule
 
 
 def same_as(configurations: Mapping[str, PlainSettings]) -> dict[str, str]:

@@ -28,6 +28,7 @@ _TEXTS = {
     "readable": "within the grammar of the world",
     "same_label": "of the driver's cause or manoeuvre",
     "same_decision": "of the driver's decision, pace included",
+    "changed": "other than the baseline's for the same window and sample",
 }
 #: Problems and notes that are listed one by one.
 _LISTED = 20

@@ -122,6 +122,12 @@ def add_baseline(result: Summary, clips: Sequence[ClipScores], name: str, baseli
         theirs = [float(np.mean([b.errors[error] for _, b in pairs])) for pairs in shared.values()]
         if any(theirs):
             result.compared[error] = compare(ours, theirs)
+    changed = [
+        [a != b for one, two in pairs for a, b in zip(one.texts, two.texts, strict=False)] for pairs in shared.values()
+    ]
+    if changed := [values for values in changed if values]:
+        counts = [sum(values) for values in changed], [len(values) for values in changed]
+        result.texts["changed"] = bootstrap_ratio(*counts)
 
 
 def _clip_means(clips: Iterable[ClipScores], error: str, indices: range | None = None) -> list[float]:

@@ -6,7 +6,7 @@ Pictures of a clip are made once and shown to all configurations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from flashdrive_node.evaluation.clip import Clip, ClipError, ClipSource, Window
 from flashdrive_node.evaluation.clip_scores import ClipScores, WindowScore, score, worst_window
 from flashdrive_node.evaluation.devices import Progress
 from flashdrive_node.evaluation.evaluation import GAP_NS, WORST, ResultFolder, seed_offset, write_picture
-from flashdrive_node.evaluation.policies import batched_policy, loaded_by
+from flashdrive_node.evaluation.policies import batched_policy, loaded_by, weights_of
 from flashdrive_node.model import inference
 from flashdrive_node.model.errors import InputError, ModelError
 from flashdrive_node.model.loading import LoadedModel
@@ -221,7 +221,7 @@ class LockstepWork:
 
     def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[str]:
         """Names of the clips; the results are in the folders."""
-        models: dict[Path | None, LoadedModel] = {}
+        models: dict[Hashable, LoadedModel] = {}
         wanted, held, names = set(indices), [], []
         for number, clip in enumerate(self.source(device).clips()):
             if number not in wanted:
@@ -238,15 +238,16 @@ class LockstepWork:
         return names
 
     def _answer(
-        self, clips: Sequence[TakenClip], device: str, models: dict[Path | None, LoadedModel], progress: Progress
+        self, clips: Sequence[TakenClip], device: str, models: dict[Hashable, LoadedModel], progress: Progress
     ) -> None:
         for settings, path in self.configurations.values():
             folder = ResultFolder(path)
             todo = [clip for clip in clips if not folder.done(clip.name)]
             if todo:
-                if settings.overlay not in models:
-                    models[settings.overlay] = loaded_by(replace(settings, device=device))
-                answers = Lockstep(models[settings.overlay], settings).answer(todo, folder)
+                weights = weights_of(settings)
+                if weights not in models:
+                    models[weights] = loaded_by(replace(settings, device=device))
+                answers = Lockstep(models[weights], settings).answer(todo, folder)
                 for result in answers:
                     result.write(folder.clips / f"{result.name}.json")
             progress(len(clips))

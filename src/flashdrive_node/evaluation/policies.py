@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -87,6 +87,11 @@ def make_policy(name: str, settings: PlainSettings, batch: int) -> Policy | None
     if name != MODEL:
         raise InputError(f"a policy of {', '.join(POLICIES)} is required, found {name!r}")
     return model_policy(loaded_by(settings), settings, batch)
+
+
+def weights_of(settings: PlainSettings) -> Hashable:
+    """Equal for settings that `loaded_by` gives the same model."""
+    return settings.checkpoint, settings.overlay, settings.precision
 
 
 def loaded_by(settings: PlainSettings) -> LoadedModel:
