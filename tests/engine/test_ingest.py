@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,21 @@ def test_windows_that_differ_from_what_came_ahead_are_answered(loaded):
         lagging = {camera: index - draw.randint(0, 1) for camera in CAMERAS}
         prediction = engine.step(window(index, lagging))
         assert np.isfinite(prediction.trajectory.xyz).all()
+
+
+def test_warm_up_takes_frames_ahead_where_they_will_come(loaded):
+    engine = StreamingEngine(replace(SETTINGS, frames_ahead=True), loaded)
+    computed = []
+    step = engine._step
+
+    def noted(observation: Observation) -> Prediction:
+        prediction = step(observation)
+        computed.append(prediction.metrics["new_images"])
+        return prediction
+
+    engine._step = noted  # type: ignore[method-assign]
+    engine.warm_up()
+    assert computed == [12, 12, 3, 3, 3, 1, 1, 1]
 
 
 def test_unusable_frames_are_refused_and_the_stream_starts_anew(loaded):

@@ -88,6 +88,8 @@ class PlainEngine:
         """Read the checkpoint onto the device."""
         s = self.settings
         try:
+            if s.torch_device.index is not None and s.torch_device.type == "cuda":
+                torch.cuda.set_device(s.torch_device)  # kernels, streams and events are the current device's
             if self.loaded is None:
                 stages = s.stages
                 if s.precision == "auto":
@@ -124,10 +126,14 @@ class PlainEngine:
         for window in range(self.warm_up_windows):
             if progress:
                 progress(window / self.warm_up_windows, "warming up")
-            self.step(self._grey_window(window))
+            self._rehearse(window)
         self.reset("warm-up")
         if progress:
             progress(1.0, "warm")
+
+    def _rehearse(self, window: int) -> None:
+        """Run one window of the warm-up."""
+        self.step(self._grey_window(window))
 
     def _grey_window(self, window: int) -> Observation:
         s, model = self.settings, self._model()

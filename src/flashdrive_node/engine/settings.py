@@ -92,6 +92,8 @@ class StreamingSettings(PlainSettings):
     shared_text: bool = False
     #: On a GPU, run every stage as a captured graph.
     graphs: bool = True
+    #: Frames will come ahead of their windows (`StreamingEngine.ingest`): the warm-up does that too.
+    frames_ahead: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

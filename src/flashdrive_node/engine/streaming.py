@@ -77,6 +77,8 @@ class StreamingEngine(PlainEngine):
         """`loaded` and `drafter` are networks to use in place of the settings' files."""
         super().__init__(settings, loaded)
         self.settings: StreamingSettings = settings
+        if settings.frames_ahead:
+            self.warm_up_windows += 3
         self.drafter = drafter
         #: Tokens that a block gains where the text is scripted.
         self.scripted_gain = 1
@@ -116,6 +118,12 @@ class StreamingEngine(PlainEngine):
         if self.graphs is not None and progress:
             captures, seconds = self.graphs.captures, self.graphs.capture_s
             progress(1.0, f"warm, {captures} stages captured in {seconds:.1f} s" if captures else "warm")
+
+    def _rehearse(self, window: int) -> None:
+        if window >= type(self).warm_up_windows:  # those that frames ahead add
+            for camera in self._grey_window(window).cameras:
+                self.ingest(camera.camera_index, camera.stamps_ns[-1], camera.images[-1])
+        super()._rehearse(window)
 
     def _grey_window(self, window: int) -> Observation:
         # The second one has no frame of the first.

@@ -90,6 +90,7 @@ def _streaming(parameters: Parameters, rig: Rig) -> Engine:
             drafter=Path(parameters.drafter) if parameters.drafter else None,
             draft_confidence=parameters.draft_confidence,
             shared_text=parameters.shared_text,
+            frames_ahead=parameters.ingest,
             **_common(parameters, rig),
         )
     )
