@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts
+from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts
 from flashdrive_node.engine.kernels.parts import summed
 from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for, row_format
 from flashdrive_node.engine.kernels.rotate_quantise import (
@@ -298,6 +298,18 @@ def test_a_layer_is_what_its_module_is(kind: str, tokens: int) -> None:
         # Values that fall to another side when they are rounded, in the second product those of the first among them.
         error = (found.double() - expected.double()).norm() / expected.double().norm()
         assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_layer_with_bias(tokens: int) -> None:
+    """Of the vision tower: 8-bit floats, and a bias behind the product."""
+    torch.manual_seed(3)
+    dense = nn.Linear(96, 80).requires_grad_(False).to(DEVICE, DTYPE)
+    layer, x = Fp8Linear(dense), draw(seeded(4), tokens, 96)
+    with forced("triton"):
+        found = apply(layer, x)
+    assert_close(found, layer(x), ulps=3)
+    assert torch.equal(apply(dense, x), dense(x))
 
 
 def test_other_devices_and_sizes_take_the_reference() -> None:

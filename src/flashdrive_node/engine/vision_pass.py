@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from flashdrive_node.engine.kernels.linear import apply
 from flashdrive_node.engine.kernels.vision import add_layer_norm, gelu_linear, layer_norm, rotate_queries_and_keys
 from flashdrive_node.model.rope import vision_cos_sin
 from flashdrive_node.model.vision import VisionBlock, VisionFeatures, VisionTower, patch_coordinates
@@ -47,7 +48,7 @@ class VisionPass:
             update = self._attend(block, hidden, images, cos, sin)
             norm = block.norm2
             x, hidden = add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
-            update = block.fc2(_gelu_layer(hidden, block.fc1))
+            update = apply(block.fc2, _gelu_layer(hidden, block.fc1))
             if following is None:
                 x = x + update
             else:
@@ -58,18 +59,17 @@ class VisionPass:
         return VisionFeatures(tower.merger(x), deepstack)
 
     def _attend(self, block: VisionBlock, hidden: Tensor, images: int, cos: Tensor, sin: Tensor) -> Tensor:
-        parts = rotate_queries_and_keys(block.qkv(hidden), block.heads, cos, sin)
+        parts = rotate_queries_and_keys(apply(block.qkv, hidden), block.heads, cos, sin)
         q, k, v = (part.unflatten(0, (images, -1)).transpose(1, 2) for part in parts)
         attended = scaled_dot_product_attention(q, k, v)  # [images, heads, patches, head_dim]
-        result: Tensor = block.proj(attended.transpose(1, 2).reshape(hidden.shape))
-        return result
+        return apply(block.proj, attended.transpose(1, 2).reshape(hidden.shape))
 
 
 def _gelu_layer(x: Tensor, layer: nn.Module) -> Tensor:
     """The first layer of an MLP with the tanh form of GELU, in whatever format its weight is."""
     if isinstance(layer, nn.Linear):
         return gelu_linear(x, layer.weight, layer.bias)
-    return gelu(layer(x), approximate="tanh")
+    return gelu(apply(layer, x), approximate="tanh")
 
 
 def joined(parts: list[VisionFeatures]) -> VisionFeatures:

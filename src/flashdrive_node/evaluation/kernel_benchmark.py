@@ -38,12 +38,12 @@ def measure_kernels(cases: Iterable[KernelCase], device: torch.device, repeats: 
     times = []
     with torch.inference_mode():
         for case in tqdm(cases, desc="kernels", unit="case"):
-            torch_ms, own_ms = (_pass_ms(calls, device, repeats) for calls in (case.torch, case.own))
+            torch_ms, own_ms = (pass_ms(calls, device, repeats) for calls in (case.torch, case.own))
             times.append(KernelTime(case.name, torch_ms, own_ms, case.bytes / own_ms / 1e6))
     return times
 
 
-def _pass_ms(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
+def pass_ms(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> float:
     """Median time of all calls, in milliseconds."""
 
     def all_calls() -> None:

@@ -50,7 +50,7 @@ def place_random(model: Alpamayo, stages: StagePrecision, device: torch.device, 
     conversions = stages.conversions(model, frozenset(four_bits), dict.fromkeys(dense, _LARGEST_INPUT))
     for name, convert in conversions.items():
         rowwise = convert(dense[name])
-        _fill(rowwise, dense[name].weight.dtype, device, _generator(device, seed, name))
+        fill_random(rowwise, dense[name].weight.dtype, _generator(device, seed, name))
         replace_module(model, name, rowwise)
     replaced = [*four_bits, *conversions]
     return frozenset(f"{name}.{leaf}" for name in replaced for leaf, _ in dense[name].named_parameters())
@@ -69,7 +69,9 @@ def random_four_bits(rows: int, columns: int, generator: torch.Generator) -> Par
     return ParoWeight(pairs, angles, ones, Int4Weight(codes, scales, zeros))
 
 
-def _fill(layer: RowwiseLinear, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def fill_random(layer: RowwiseLinear, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Fill a layer that was made on the meta device, on the generator's device; its bias, if any, is 0 in `dtype`."""
+    device = generator.device
     layer.make_room(device)
     if layer.bias is not None:
         layer.bias = torch.zeros(layer.out_features, dtype=dtype, device=device)

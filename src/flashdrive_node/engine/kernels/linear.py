@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.elementwise import silu_mul
 from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, quantised_parts, whole
-from flashdrive_node.model.linear import SideBySide
+from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 
 #: Rows up to which the own kernel is tried.
 MAX_ROWS = 64
@@ -65,6 +65,14 @@ def project(x: Rows, layer: nn.Module) -> Tensor:
     if isinstance(layer, SideBySide) and isinstance(x, Tensor):
         return torch.cat([project(x, part) for part in layer.parts], dim=-1)
     return whole(quantised_parts(x, layer), x.dtype)
+
+
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer as its module computes it, bias and all: [M, K] -> [M, N]. Quantised ones run in their kernels."""
+    if isinstance(layer, QuantisedLinear):
+        return project(x, layer)
+    result: Tensor = layer(x)
+    return result
 
 
 def project_parts(x: Rows, layer: nn.Module) -> Tensor:

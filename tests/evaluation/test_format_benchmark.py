@@ -1,0 +1,92 @@
+"""Products in every format on a small model: all variants of a shape give about the same, and are measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashdrive_node.engine.kernels.backend import forced
+from flashdrive_node.evaluation.format_benchmark import (
+    FormatTime,
+    best_markdown,
+    format_figure,
+    format_json,
+    format_markdown,
+    measure_formats,
+)
+from support.kernel_inputs import DEVICE, DTYPE
+from support.small_models import small_config
+
+pytest.importorskip("triton", reason="the kernels need the triton package")
+cases = pytest.importorskip("flashdrive_node.evaluation.format_cases")
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch):
+    """A model of one group of channels, and of few tokens and copies."""
+    monkeypatch.setattr(cases, "TEXT_TOKENS", (2, 66))
+    monkeypatch.setattr(cases, "_EXPERT_TOKENS", (3,))
+    monkeypatch.setattr(cases, "_HEAD_TOKENS", (1,))
+    monkeypatch.setattr(cases, "_PATCHES", (5,))
+    monkeypatch.setattr(cases, "_COLD_BYTES", 1)
+    small = small_config()
+    tokens = replace(small.tokens, vocab_size=100)
+    return replace(small, tokens=tokens, text=replace(small.text, hidden_size=128, intermediate_size=128))
+
+
+def test_every_shape_in_every_format(config) -> None:
+    seen: dict[str, set[str]] = {}
+    text = config.text
+    with forced("triton"):
+        for case in cases.format_cases(config, DEVICE, DTYPE):
+            assert case.calls.keys() <= set(cases.FORMATS)
+            results = {name: calls[0]() for name, calls in case.calls.items()}
+            if case.weight_bytes:
+                assert len({result.shape for result in results.values()}) == 1
+                assert next(iter(results.values())).shape[0] == case.tokens
+                assert case.calls.keys() <= case.weight_bytes.keys()
+                torch.testing.assert_close(
+                    results["bf16"], results.get("bf16 own", results["bf16"]), rtol=2e-2, atol=2e-2
+                )
+            seen.setdefault(case.name, set()).update(case.calls)
+    assert seen[f"q/k/v {text.q_size + 2 * text.kv_size} x 128"] == set(cases.FORMATS) - {"int8 own"}
+    assert seen["sum, norm and rounding, 128"] == {"bf16 own", "fp8 own", "w4a16", "w4a8"}
+    assert next(names for name, names in seen.items() if "head" in name) == {"bf16", "bf16 own", "int8 own"}
+    assert {"expert down", "vision first"} <= {" ".join(name.split()[:2]) for name in seen}
+
+
+def test_tilings_compute_the_same(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for few in ("_few_tilings", "_many_tilings"):
+        chosen = getattr(cases, few)()
+        assert len({cases._tiling_name(t) for t in chosen}) == len(chosen)
+        monkeypatch.setattr(cases, few, lambda chosen=chosen: chosen[:: len(chosen) - 1])
+    with forced("triton"):
+        case = next(iter(cases.tiling_cases(config, DEVICE, DTYPE)))
+        first, second = (calls[0]() for calls in case.calls.values())
+    torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-2)
+
+
+def test_measuring(config) -> None:
+    calls = {"bf16": [lambda: torch.zeros(1)] * 3, "w4a8": [lambda: torch.zeros(1)]}
+    case = cases.FormatCase("a shape", 8, calls, {"w4a8": 10**6})
+    (time,) = measure_formats([case], torch.device("cpu"), repeats=1)
+    assert time.us.keys() == calls.keys()
+    assert all(us > 0 for us in time.us.values())
+    assert time.gigabytes_per_s == {"w4a8": pytest.approx(1e3 / time.us["w4a8"])}
+
+
+def test_tables_file_and_figure() -> None:
+    times = [
+        FormatTime("q/k/v", 1, {"bf16": 13.0, "w4a8": 5.04}, {"w4a8": 2600.0}),
+        FormatTime("q/k/v", 897, {"bf16": 60.0, "fp8": 31.0, "w4a8": 45.0}, {}),
+    ]
+    table = format_markdown(times, cases.FORMATS)
+    assert "| q/k/v | 1 | 13.0 | – | – | – | – | – | **5.0** |" in table
+    assert "| q/k/v | 897 | fastest" not in best_markdown(times)
+    assert "| q/k/v | 897 | 31.0: fp8; 45.0: w4a8 |" in best_markdown(times, 2)
+    content = json.loads(format_json(times, {"device": "a card"}))
+    assert content["products"][1]["us"]["fp8"] == 31.0
+    assert format_figure(times, cases.FORMATS, "a card").startswith(b"\x89PNG")
