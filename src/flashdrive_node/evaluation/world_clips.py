@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.evaluation.clip import PROTOCOL_START_S, PROTOCOL_WINDOWS, Clip, Truth, Window
@@ -68,16 +71,16 @@ class WorldClips:
         steps = _FIRST + self.windows - 1 + FUTURE
         for start in range(0, len(self.indices), _SCENES):
             indices = self.indices[start : start + _SCENES]
-            # On the CPU, so that the drives are the same wherever pictures are rendered.
-            episode = record(sample_scenes(scene_keys(self.split, list(indices))), steps)
+            drives = _Drives(self.split, list(indices), steps)
             for row, index in enumerate(indices):
-                name = f"{self.split}-{index:06d}"
-                if bool(episode.faults.any[row]):
-                    yield Clip(name, iter(()), ["left out: the expert itself is at fault in this scene"])
-                else:
-                    yield Clip(name, self._windows(episode, row))
+                notes: list[str] = []
+                yield Clip(f"{self.split}-{index:06d}", self._windows(drives, row, notes), notes)
 
-    def _windows(self, episode: Episode, row: int) -> Iterator[Window]:
+    def _windows(self, drives: _Drives, row: int, notes: list[str]) -> Iterator[Window]:
+        episode = drives.episode
+        if bool(episode.faults.any[row]):
+            notes.append("left out: the expert itself is at fault in this scene")
+            return
         steps = range(_FIRST - _FRAMES + 1, _FIRST + self.windows)
         pictures = self._pictures(episode, row, steps)
         for number in range(self.windows):
@@ -87,14 +90,11 @@ class WorldClips:
                 CameraFrames(camera.index, stamps, tuple(pictures[camera.index][number : number + _FRAMES]))
                 for camera in CAMERAS
             )
-            xyz, rot = (t[row].numpy() for t in episode.history(step))
-            future_xyz, future_rot = (t[row].numpy() for t in episode.future(step))
+            told = drives.at(step)
+            xyz, rot, future_xyz, future_rot = (t[row].numpy() for t in told.poses)
             yaw = np.unwrap(np.arctan2(future_rot[:, 1, 0], future_rot[:, 0, 0]))
-            truth = Truth(future_xyz, yaw.astype(np.float32), episode.sentences(step)[row])
-            yield Window(
-                Observation(number, stamp_ns(step), cameras, xyz, rot, episode.navigation(step)[row]),
-                truth,
-            )
+            truth = Truth(future_xyz, yaw.astype(np.float32), told.sentences[row])
+            yield Window(Observation(number, stamp_ns(step), cameras, xyz, rot, told.navigation[row]), truth)
 
     def _pictures(self, episode: Episode, row: int, steps: range) -> dict[int, NDArray[np.uint8]]:
         """Frames of every camera by its index, uint8 [steps, height, width, 3]."""
@@ -109,6 +109,36 @@ class WorldClips:
                 view = render(scenes, at, camera, self.size[1], self.size[0], compiled=self.compiled)
                 parts[camera.index].append(view.image.cpu().numpy())
         return {index: np.concatenate(images) for index, images in parts.items()}
+
+
+class _Told(NamedTuple):
+    """What is known of some scenes at a step."""
+
+    #: Positions and rotations of the history and of the future.
+    poses: tuple[Tensor, Tensor, Tensor, Tensor]
+    sentences: list[str]
+    navigation: list[str | None]
+
+
+class _Drives:
+    """Drives of some scenes by the expert, simulated when the first of them is looked at."""
+
+    def __init__(self, split: str, indices: list[int], steps: int):
+        self._split, self._indices, self._steps = split, indices, steps
+        self._told: dict[int, _Told] = {}
+
+    @cached_property
+    def episode(self) -> Episode:
+        """All scenes; on the CPU, so that the drives are the same wherever pictures are rendered."""
+        return record(sample_scenes(scene_keys(self._split, self._indices)), self._steps)
+
+    def at(self, step: int) -> _Told:
+        """Computed once for all scenes."""
+        if step not in self._told:
+            episode = self.episode
+            poses = (*episode.history(step), *episode.future(step))
+            self._told[step] = _Told(poses, episode.sentences(step), episode.navigation(step))
+        return self._told[step]
 
 
 def _over_time(states: list[State], row: int) -> State:
