@@ -9,6 +9,7 @@ import torch
 
 from flashdrive_node.cli.main import main
 from flashdrive_node.engine.kernels.backend import forced
+from flashdrive_node.engine.kernels.parts import summed
 from flashdrive_node.evaluation.kernel_benchmark import (
     KernelTime,
     kernel_figure,
@@ -17,6 +18,7 @@ from flashdrive_node.evaluation.kernel_benchmark import (
     measure_kernels,
 )
 from flashdrive_node.evaluation.kernel_cases import Shapes, kernel_cases
+from support.kernel_inputs import DEVICE, DTYPE
 from support.small_models import small_config
 
 SMALL = Shapes(prompt=40, computed=12, block=3, samples=2)
@@ -33,7 +35,7 @@ def test_both_forms_of_every_case_compute_the_same():
                 found = found[1] if isinstance(found, tuple) else found  # the norm beside the sum
                 torch.testing.assert_close(found, expected)
             names.add(case.name)
-    assert len(names) == 19
+    assert len(names) == 25
 
 
 def test_measuring_gives_positive_times_for_every_case():
@@ -42,6 +44,21 @@ def test_measuring_gives_positive_times_for_every_case():
         times = measure_kernels(cases, torch.device("cpu"), repeats=1)
     assert [t.name for t in times] == [c.name for c in cases]
     assert all(t.torch_ms > 0 and t.own_ms > 0 and t.gigabytes_per_s > 0 for t in times)
+
+
+def test_tilings_beside_those_in_use_compute_the_same():
+    pytest.importorskip("triton", reason="the kernels need the triton package")
+    from flashdrive_node.evaluation.kernel_tilings import bf16_tiling_cases
+
+    cases = list(bf16_tiling_cases(small_config(), SMALL, DEVICE, DTYPE))
+    assert {c.name for c in cases} >= {"attention, one token", "q/k/v", "expert's gate/up", "output head"}
+    for case in cases:
+        assert sum("(in use)" in name for name in case.calls) == 1
+        assert len(case.calls) >= 5
+    for case in (c for c in cases if c.name in ("attention, block of 3", "gate/up", "expert's down")):
+        first, *others = (summed(calls[0](), DTYPE) for calls in case.calls.values())  # type: ignore[arg-type]
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=0.02, atol=0.02)
 
 
 def test_table_file_and_figure():

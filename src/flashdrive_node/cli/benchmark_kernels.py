@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TABLES,
         default=["kernels"],
-        help="kernels: ours beside PyTorch's; formats: products in bf16, fp8, int8 and 4 bits; tilings: of the last "
-        "(default: kernels)",
+        help="kernels: ours beside PyTorch's; formats: products in bf16, fp8, int8 and 4 bits; tilings: of those in "
+        "bf16 and in 4 bits, and of attention (default: kernels)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write TABLE.json, TABLE.md and a picture of each")
 
@@ -93,8 +94,12 @@ def _tilings(
     config: AlpamayoConfig, device: torch.device, repeats: int, conditions: dict[str, str], title: str
 ) -> _Table:
     from flashdrive_node.evaluation.format_cases import tiling_cases  # needs the triton package
+    from flashdrive_node.evaluation.kernel_tilings import bf16_tiling_cases
 
-    times = measure_formats(tiling_cases(config, device, torch.bfloat16), device, repeats)
+    four_bits = tiling_cases(config, device, torch.bfloat16)
+    times = measure_formats(
+        chain(bf16_tiling_cases(config, Shapes(), device, torch.bfloat16), four_bits), device, repeats
+    )
     return _Table(best_markdown(times), format_json(times, conditions), None)
 
 
