@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from flashdrive_node.cli.inspect import examine, render
+from flashdrive_node.model import paro_layouts
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import CheckpointError
+from flashdrive_node.model.linear import QuantisedLinear
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.model.packings import unpack_int16, unpack_marlin
 from flashdrive_node.model.paro_layouts import INT16, MARLIN, read_generic, write_generic
@@ -24,6 +27,11 @@ Q_PROJ = "vlm.model.language_model.layers.1.self_attn.q_proj"
 #: k and v have 64 rows, as many as a tile of Marlin's is wide; o_proj has 64 columns, which make no group.
 WIDE = TINY | {"text_hidden": 256, "text_mlp": 256, "text_heads": 4, "kv_heads": 4, "expert_heads": 4}
 PUBLISHED = {"int16": int16_tensors, "Marlin": marlin_tensors}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own_cache"))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,46 @@ def test_one_layer_is_compared_with_the_base(
     assert "quantised from another model" in problem
     (problem,) = examine(bases[0], base=bases[0])["problems"]
     assert "layers in 4 bits are required to compare with a base, found none" in problem
+
+
+def test_foreign_layouts_are_unpacked_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = republished(checkpoint, tmp_path / "copy", marlin_tensors)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with caplog.at_level("INFO"):
+        first = load_alpamayo(copy, dtype=torch.float32)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert f"are kept in {file}" in caplog.text
+    written = file.stat().st_mtime_ns
+    copy = copy.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(paro_layouts, "unpack_marlin", lambda _: pytest.fail("unpacked again"))
+    second = load_alpamayo(copy, dtype=torch.float32)
+    assert file.stat().st_mtime_ns == written
+    # The hash is the checkpoint's alone.
+    assert first.info.sha256 == second.info.sha256
+    assert list(second.info.file_sha256) == ["model.safetensors"]
+    for one, two in zip(first.model.buffers(), second.model.buffers(), strict=True):
+        assert torch.equal(one, two)
+    # A file that was cut is written anew.
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    load_alpamayo(copy, dtype=torch.float32)
+    assert file.read_bytes() == whole
+    # Another content has another file, and a directory that cannot be written costs nothing but the time.
+    tensors = load_file(copy / "model.safetensors")
+    tensors[f"{Q_PROJ}.rotate_linear.qlinear.qweight"][0, 0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copy / "config.json"))
+    caplog.clear()
+    third = load_alpamayo(copy, dtype=torch.float32).model.language.layers[1].qkv
+    assert isinstance(third, QuantisedLinear)
+    same = second.model.language.layers[1].qkv
+    assert isinstance(same, QuantisedLinear)
+    assert not torch.equal(third.dequantised(), same.dequantised())
+    assert "unpacked matrices cannot be kept" in caplog.text
 
 
 def test_mixed_layouts(checkpoint: Path, tmp_path: Path) -> None:

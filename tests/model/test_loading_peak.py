@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashdrive_node.model import checkpoint as loader
+from flashdrive_node.model import loading
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.linear import QuantisedLinear
 from flashdrive_node.model.loading import load_alpamayo
@@ -39,19 +40,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
+    ("name", "precision", "cached"),
     [
-        ("plain", PRESETS["bf16"]),
-        ("plain", PRESETS["fp8"]),
-        ("float32", PRESETS["fp8"]),
-        ("generic", PRESETS["w4a8"]),
-        ("int16", PRESETS["w4a16"]),
-        ("Marlin", PRESETS["w4a8"]),
+        ("plain", PRESETS["bf16"], False),
+        ("plain", PRESETS["fp8"], False),
+        ("float32", PRESETS["fp8"], False),
+        ("generic", PRESETS["w4a8"], False),
+        ("int16", PRESETS["w4a16"], False),
+        ("Marlin", PRESETS["w4a8"], False),
+        ("Marlin", PRESETS["w4a8"], True),
     ],
-    ids=lambda value: value.name if isinstance(value, StagePrecision) else value,
+    ids=lambda value: value.name if isinstance(value, StagePrecision) else str(value),
 )
-def test_peak(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: StagePrecision) -> None:
+def test_peak(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: StagePrecision, cached: bool
+) -> None:
     monkeypatch.setattr(loader, "PIECE_BYTES", PIECE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not cached:
+        monkeypatch.setattr(loading, "unpacked_file", lambda *_: None)
     with LiveMemory() as memory:
         model = load_alpamayo(folder / name, precision=precision, hash_files=False).model
     kept = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])

@@ -82,6 +82,7 @@ def load_weights(
     completed: Callable[[str], None] | None = None,
     take: Callable[[TensorSlot, int, Tensor], bool] | None = None,
     ignored: Collection[str] = (),
+    unpacked: Path | None = None,
 ) -> CheckpointInfo:
     """Fill a model from a checkpoint.
 
@@ -101,6 +102,7 @@ def load_weights(
         take: Offered every piece of a tensor before anything is allocated for it: the slot, the number of the piece's
             first element, and the elements, which are not valid later. Returns whether it has taken care of them.
         ignored: Tensors that may be in the files and are not read.
+        unpacked: File with further tensors (`unpacked_cache`), which is no part of the checkpoint's hash.
 
     Raises:
         CheckpointError: Lists everything that is wrong with the files. The model has not been touched then, unless
@@ -110,6 +112,8 @@ def load_weights(
     started = time.monotonic()
     _require_cover(model, slots)
     base = survey(directory)
+    if unpacked is not None:
+        base.add(survey(unpacked))
     problems = base.problems + check_tensors(base, slots, ignored)
     sources: list[tuple[str, CheckpointFiles]] = [("", base)]
     if overlay is not None:
@@ -150,6 +154,8 @@ def load_weights(
                 completed(slot.target)
 
     hashes = _copy(jobs, put, copied, device, total_bytes, progress, hash_files)
+    if unpacked is not None:
+        hashes.pop(unpacked.name, None)
     info = CheckpointInfo(
         path=directory,
         revision=snapshot_revision(directory),

@@ -34,6 +34,12 @@ class CheckpointFiles:
     #: False where a file's contents are unknown, so that nothing can be called missing.
     complete: bool = True
 
+    def add(self, other: CheckpointFiles) -> None:
+        """Take further files in, whose tensors have names of their own."""
+        self.headers += other.headers
+        self.tensors |= other.tensors
+        self.problems += other.problems
+
     @property
     def data_bytes(self) -> int:
         """Bytes of tensor data in all files."""

@@ -12,14 +12,16 @@ import torch
 
 from flashdrive_node.model.alpamayo import Alpamayo, Constants
 from flashdrive_node.model.checkpoint import CheckpointInfo, load_weights
-from flashdrive_node.model.checkpoint_files import survey
+from flashdrive_node.model.checkpoint_files import CheckpointFiles, check_tensors, survey
 from flashdrive_node.model.errors import CheckpointError, InputError
+from flashdrive_node.model.paro_layouts import GENERIC
 from flashdrive_node.model.precision import INPUTS_KEY, PRECISION_KEY, W4A8, StagePrecision
 from flashdrive_node.model.quantised_files import CONFIG_KEY, QuantisedFiles, find_quantised
 from flashdrive_node.model.quantised_loading import LayerPlacer
 from flashdrive_node.model.source import read_config, resolve_source, tokenizer_directory
 from flashdrive_node.model.state_dict import release_slots
 from flashdrive_node.model.tokenizer import AlpamayoTokenizer, load_tokenizer
+from flashdrive_node.model.unpacked_cache import unpacked_file
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +75,12 @@ def load_alpamayo(
     tokenizer = load_tokenizer(tokenizer_directory(directory, config, allow_download), config)
     model = Alpamayo.on_meta(config, dtype)
     model.set_constants(constants, device)
-    quantised = find_quantised(survey(directory), release_slots(config), config.raw.get(CONFIG_KEY))
+    files = survey(directory)
+    quantised = find_quantised(files, release_slots(config), config.raw.get(CONFIG_KEY))
     precision = _stages(precision, config.raw.get(PRECISION_KEY), quantised, directory)
+    unpacked = _unpacked(files, quantised, device)
+    if unpacked is not None:
+        quantised = quantised.unpacked()
     try:
         largest_inputs = config.raw.get(INPUTS_KEY)
         conversions = precision.conversions(model, frozenset(quantised.matrices), largest_inputs)
@@ -92,6 +98,7 @@ def load_alpamayo(
         completed=placer.completed,
         take=placer.take,
         ignored=quantised.ignored,
+        unpacked=unpacked,
     )
     logger.info(
         "loaded %s (%s) revision %s sha256 %s: %d tensors, %.2f GiB in %.1f s",
@@ -99,6 +106,13 @@ def load_alpamayo(
         info.tensors, info.bytes / 2**30, info.seconds,
     )  # fmt: skip
     return LoadedModel(model, tokenizer, info, precision)
+
+
+def _unpacked(files: CheckpointFiles, quantised: QuantisedFiles, device: torch.device | str) -> Path | None:
+    """The file with matrices of a foreign layout that were unpacked before, or now; None where there is no need."""
+    foreign = quantised.layout not in (None, GENERIC)
+    whole = not files.problems and not check_tensors(files, quantised.slots, quantised.ignored)
+    return unpacked_file(files, quantised) if foreign and whole and torch.device(device).type == "cpu" else None
 
 
 def _stages(asked: StagePrecision | None, entry: Any, quantised: QuantisedFiles, directory: Path) -> StagePrecision:

@@ -154,9 +154,31 @@ def _weight(tensors: Mapping[str, Tensor], codes: Tensor, scales: Tensor, zeros:
     return ParoWeight(tensors["pairs"], tensors["theta"], tensors["channel_scales"].flatten(), matrix)
 
 
+def _unpacked_tensors(rows: int, columns: int) -> dict[str, Stored]:
+    groups = columns // GROUP_SIZE
+    return {
+        "codes": Stored("U8", (rows, columns // 2)),
+        "scales": Stored("F16", (rows, groups)),
+        "zeros": Stored("U8", (rows, groups)),
+    }
+
+
+def _read_unpacked(tensors: Mapping[str, Tensor]) -> ParoWeight:
+    matrix = Int4Weight(*(tensors[name] for name in Int4Weight._fields))
+    return ParoWeight(tensors["pairs"], tensors["theta"], tensors["channel_scales"].flatten(), matrix)
+
+
+def write_unpacked(weight: ParoWeight) -> dict[str, Tensor]:
+    """To our own layout, which is read without any permutation."""
+    rotation = {"theta": weight.angles, "pairs": weight.pairs, "channel_scales": weight.channel_scales[None]}
+    return rotation | weight.matrix._asdict()
+
+
 GENERIC = Layout("generic (paroquant)", _generic_tensors, read_generic, (8, GROUP_SIZE))
 INT16 = Layout("int16 (research code)", _int16_tensors, _read_int16, (4, GROUP_SIZE))
 MARLIN = Layout("Marlin (-PARO)", _marlin_tensors, _read_marlin, (64, GROUP_SIZE))
+#: Of our cache, and of no checkpoint.
+UNPACKED = Layout("unpacked", _unpacked_tensors, _read_unpacked, (1, GROUP_SIZE))
 LAYOUTS = (GENERIC, INT16, MARLIN)
 
 

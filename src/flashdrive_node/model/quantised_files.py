@@ -16,6 +16,7 @@ from flashdrive_node.model.paro_layouts import (
     ROTATION,
     ROUNDS,
     SCRATCH,
+    UNPACKED,
     Layout,
     Naming,
     Stored,
@@ -28,6 +29,7 @@ from flashdrive_node.model.state_dict import TensorSlot
 CONFIG_KEY = "quantization_config"
 CONFIG_ENTRY = {"quant_method": "paroquant", "bits": 4, "group_size": GROUP_SIZE, "krot": ROUNDS}
 _WEIGHT = ".weight"
+_OWN = Naming("unpacked.", "unpacked.")
 #: Tensors that show that a matrix is packed, by the last part of their names.
 _PACKED = (*ROTATION, *dict.fromkeys(name for layout in LAYOUTS for name in layout.tensors(64, GROUP_SIZE)))
 
@@ -50,6 +52,10 @@ class StoredMatrix:
     def module(self) -> str:
         """Our linear layer that it is, or is some rows of."""
         return self.slot.target.removesuffix(_WEIGHT)
+
+    def unpacked(self) -> StoredMatrix:
+        """The same matrix in our own layout, under names that no checkpoint has."""
+        return StoredMatrix(self.slot, UNPACKED, _OWN)
 
     def slots(self) -> dict[str, TensorSlot]:
         """Its tensors in the files, by the last part of their names; targets are below `module`."""
@@ -78,6 +84,14 @@ class QuantisedFiles:
     def layout(self) -> Layout | None:
         """Of the matrices, which is one where there are no problems; None without any."""
         return next((matrix.layout for group in self.matrices.values() for matrix in group), None)
+
+    def unpacked(self) -> QuantisedFiles:
+        """As if the matrices were in our own layout; their present tensors are ignored."""
+        matrices = {module: [matrix.unpacked() for matrix in group] for module, group in self.matrices.items()}
+        old = {slot.name for group in self.matrices.values() for matrix in group for slot in matrix.slots().values()}
+        slots = [slot for slot in self.slots if slot.name not in old]
+        slots += [slot for group in matrices.values() for matrix in group for slot in matrix.slots().values()]
+        return QuantisedFiles(matrices, slots, self.problems, self.ignored | old)
 
 
 def find_quantised(files: CheckpointFiles, slots: Sequence[TensorSlot], entry: Any = None) -> QuantisedFiles:
