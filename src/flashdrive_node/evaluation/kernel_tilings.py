@@ -81,7 +81,7 @@ def _product_case(matrix: Matrix, buffers: Buffers) -> FormatCase:
 
 def _named(used: AnyTiling, fits: Callable[[AnyTiling], bool]) -> Iterator[tuple[str, AnyTiling]]:
     """The tiling in use and those beside it, by names of their own."""
-    tilings: list[AnyTiling] = [used, *filter(fits, neighbours(used))]
-    for tiling in tilings:
+    beside: list[AnyTiling] = [t for t in neighbours(used) if fits(t)]
+    for tiling in (used, *beside):
         name = f"{tiling.rows} x {tiling.block}, {tiling.splits} split(s), {tiling.warps} warps, {tiling.stages} stages"
         yield f"{name} (in use)" if tiling is used else name, tiling
