@@ -64,7 +64,7 @@ turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, **tile}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
 plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True, "GROUPS": 1, "WIDTH": 4096}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
-check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", TOKENS=64, WIDTH=128)
+check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
 for capability in (80, 90, 120):
     for x, scaled in (("*i8", True), ("*bf16", False)):

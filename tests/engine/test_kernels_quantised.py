@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flashdrive_node.engine.kernels import rotate_quantise
+from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
 from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts
@@ -25,14 +29,18 @@ from flashdrive_node.engine.kernels.rotate_quantise import (
     turn_reference,
 )
 from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat
-from flashdrive_node.model.decoder import RMSNorm
+from flashdrive_node.engine.kernels.visibility import up_to
+from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.fp8 import E4M3, Fp8Linear, round_rows
 from flashdrive_node.model.int4_linear import Int4Linear
 from flashdrive_node.model.int8 import Int8Linear
+from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear
 from support.kernel_inputs import DEVICE, DTYPE, assert_close, draw, seeded
 from support.quantised import random_weight
+from support.small_models import small_config
 
 tl = pytest.importorskip("triton.language", reason="the kernels need the triton package")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -109,11 +117,15 @@ def assert_steps(found: Tensor, expected: Tensor) -> None:
     groups=st.integers(1, 5),
     kind=st.sampled_from(["int8", "16 bits"]),
     source=st.sampled_from(["plain", "norm", "sum", "parts", "gate"]),
+    matrices=st.booleans(),
 )
-def test_turned_rows(seed: int, tokens: int, groups: int, kind: str, source: str) -> None:
+def test_turned_rows(seed: int, tokens: int, groups: int, kind: str, source: str, matrices: bool) -> None:
     random, size = seeded(seed), 128 * groups
     form = RowFormat(torch.int8 if kind == "int8" else DTYPE, rotation(paro(8, groups, seed)), 128)
-    assert_from(source, form, random, tokens, size)
+    with pytest.MonkeyPatch.context() as patch:
+        if matrices:  # as of long rows
+            patch.setattr(rotate_quantise, "LONG_ROW", 1)
+        assert_from(source, form, random, tokens, size)
 
 
 @CASES
@@ -195,7 +207,7 @@ def test_rows_of_zeros_and_of_the_largest_numbers() -> None:
     assert int(rows.values[1].abs().max()) == 127
 
 
-def product(rows: QuantisedRows, layer: ParoLinear) -> Tensor:
+def exact(rows: QuantisedRows, layer: ParoLinear) -> Tensor:
     """In float64, of the rows' own values."""
     matrix = layer.matrix
     codes = torch.cat([layer.codes & 15, layer.codes >> 4], dim=2).double() - layer.zeros[..., None].double()
@@ -218,7 +230,7 @@ def test_products_with_four_bits(seed, tokens, out_size, groups, group_size, int
     layer = paro(out_size, groups, seed, ALWAYS if int8 else NEVER, group_size)
     x = draw(seeded(seed), tokens, groups * group_size)
     rows = quantise_reference(x, RowFormat(torch.int8 if int8 else DTYPE, rotation(layer), group_size))
-    expected = product(rows, layer)
+    expected = exact(rows, layer)
     with forced("triton"):
         found = project_parts(rows, layer)
     # Sums of a group are exact with int8; those of the groups are in float32, and rounded once.
@@ -236,7 +248,7 @@ def test_tilings_of_four_bits(splits: int, block: int) -> None:
     rows = quantise_reference(draw(seeded(3), 70, 512), int8_form(layer))
     found = triton_int4_linear.int4_parts(rows, layer.packed, Tiling(64, block, splits, warps=4, stages=2))
     assert found.shape == ((70, 90) if splits == 1 else (splits, 70, 90))
-    expected = product(rows, layer)
+    expected = exact(rows, layer)
     assert_close(summed(found, DTYPE) / expected.abs().max(), expected / expected.abs().max(), ulps=0.6)
 
 
@@ -278,8 +290,10 @@ def quantised(kind: str, out_size: int, seed: int) -> QuantisedLinear:
     return paro(out_size, 2, seed, NEVER if kind == "w4a16" else ALWAYS)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_static", "int4", "w4a8", "w4a16", "rotations of their own"])
-@pytest.mark.parametrize("tokens", [5, 66])
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("rotations of their own", 5), *product(["fp8", "fp8_static", "int4", "w4a8", "w4a16"], [5, 66])],
+)
 def test_a_layer_is_what_its_module_is(kind: str, tokens: int) -> None:
     """Norm, gate/up, gate and down: kernel by kernel, and module by module."""
     random = seeded(7)
@@ -310,6 +324,39 @@ def test_a_layer_with_bias(tokens: int) -> None:
         found = apply(layer, x)
     assert_close(found, layer(x), ulps=3)
     assert torch.equal(apply(dense, x), dense(x))
+
+
+def test_a_pass_of_quantised_layers() -> None:
+    """Two layers of the decoder with all that stands between the products, streamed into a cache."""
+    config = replace(small_config().text, hidden_size=128, intermediate_size=256, num_layers=2)
+    torch.manual_seed(1)
+    layers = nn.ModuleList(DecoderLayer(config) for _ in range(2)).requires_grad_(False).to(DEVICE, DTYPE)
+    norm = RMSNorm(128, EPS).requires_grad_(False).to(DEVICE, DTYPE)
+    for parameter in (*layers.parameters(), norm.weight):
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+    for i, layer in enumerate(layers):
+        for name in ("qkv", "gate_up", "down"):  # the attention's output makes no group
+            dense = layer.get_submodule(name)
+            weight = random_weight(dense.out_features, dense.in_features // 128, seed=i)
+            matrix = weight.matrix._replace(scales=weight.matrix.scales / 16)
+            setattr(layer, name, ParoLinear(weight._replace(matrix=matrix)).to(DEVICE))
+    x = draw(seeded(2), 5, 128)
+    angles = torch.randn(5, config.head_dim // 2, generator=seeded(3)).to(DEVICE)
+    cos, sin = torch.cat((angles.cos(),) * 2, 1).to(DTYPE), torch.cat((-angles.sin(), angles.sin()), 1).to(DTYPE)
+    slots = torch.arange(5, device=DEVICE)
+    visible, results = up_to(slots + 1), []
+
+    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return attend_visible(q, keys, values, visible)
+
+    for backend in ("triton", "reference"):
+        cache = KVCache(config, 9, DEVICE, DTYPE)
+        with forced(backend):
+            results.append(run_at_slots(layers, norm, x, (cos, sin), slots, cache, attention))
+    found, expected = (result.double() for result in results)
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
+    assert float(found.std()) > 0.5
 
 
 def test_other_devices_and_sizes_take_the_reference() -> None:

@@ -6,6 +6,8 @@ the largest value of the row. All products on the same input share the rows: q/k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, s
 from flashdrive_node.engine.kernels.parts import is_parts
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
 
-#: Rows from which the matrix units rotate.
-MANY_ROWS = 65
+#: Rows from which the matrix units rotate, and channels from which they do it for fewer: by arithmetic, not measured.
+MANY_ROWS, LONG_ROW = 65, 8192
 
 
 def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
@@ -25,14 +27,15 @@ def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
         return quantise_reference(x, form)
     from flashdrive_node.engine.kernels import triton_rotate_quantise as run
 
-    if form.rotation is not None and len(x) >= MANY_ROWS:
-        return run.round_turned(run.turn(x, form.rotation), form, x.dtype)
-    return run.quantise(x, form)
+    if form.rotation is None or _in_one(x.shape, form):
+        return run.quantise(x, form)
+    return run.round_turned(run.turn(x, form.rotation), form, x.dtype)
 
 
 def norm_quantise(x: Tensor, weight: Tensor, eps: float, form: RowFormat) -> QuantisedRows:
     """Rows of `rms_norm`, rounded to x's type before they are scaled and turned."""
-    if not _in_one(x, form):
+    _check(x, form)
+    if not uses_triton(x) or not _in_one(x.shape, form):
         return quantise(rms_norm(x, weight, eps), form)
     from flashdrive_node.engine.kernels.triton_rotate_quantise import norm_quantise as run
 
@@ -43,7 +46,8 @@ def add_norm_quantise(
     x: Tensor, update: Tensor, weight: Tensor, eps: float, form: RowFormat
 ) -> tuple[Tensor, QuantisedRows]:
     """The sum and the rows of `add_rms_norm`, of which `update` may be in parts."""
-    if not _in_one(x, form):
+    _check(x, form)
+    if not uses_triton(x) or not _in_one(x.shape, form):
         total, normed = add_rms_norm(x, update, weight, eps)
         return total, quantise(normed, form)
     if update.shape[-2:] != x.shape or update.dtype != (torch.float32 if is_parts(update) else x.dtype):
@@ -58,17 +62,20 @@ def add_norm_quantise(
 
 def gate_quantise(gate_up: Tensor, form: RowFormat) -> QuantisedRows:
     """Rows of `silu_mul`: [M, 2 * K] with the gate in front -> [M, K]."""
-    if not _in_one(gate_up[:, : gate_up.shape[1] // 2], form):
-        return quantise(silu_mul(gate_up), form)
-    from flashdrive_node.engine.kernels.triton_rotate_quantise import gate_quantise as run
+    count, size = len(gate_up), gate_up.shape[1] // 2
+    _check(gate_up[:, :size], form)
+    if not uses_triton(gate_up):
+        return quantise_reference(silu_mul(gate_up), form)
+    from flashdrive_node.engine.kernels import triton_rotate_quantise as run
 
-    return run(gate_up, form)
+    if form.rotation is None or _in_one((count, size), form):
+        return run.gate_quantise(gate_up, form)
+    return run.round_turned(run.turn(gate_up, form.rotation, gated=True), form, gate_up.dtype)
 
 
-def _in_one(x: Tensor, form: RowFormat) -> bool:
-    """Whether what comes before the rounding is part of its kernel."""
-    _check(x, form)
-    return uses_triton(x) and (form.rotation is None or len(x) < MANY_ROWS)
+def _in_one(shape: Sequence[int], form: RowFormat) -> bool:
+    """Whether rotation and rounding are one kernel."""
+    return form.rotation is None or (shape[0] < MANY_ROWS and shape[1] < LONG_ROW)
 
 
 def quantise_reference(x: Tensor, form: RowFormat) -> QuantisedRows:

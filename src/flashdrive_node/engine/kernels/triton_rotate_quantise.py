@@ -4,8 +4,9 @@ Rows are tiles [groups, channels of a group]. A round of the rotation brings eve
 the pairs; nothing is put back until the end, where values are stored at their own places. Sums within groups come along
 for the zero points of 4-bit weights.
 
-A round costs a shuffle within a warp for every four channels, about 5 microseconds a row of 4096 on one multiprocessor.
-For many rows the matrix units do it, with the rotation as a matrix per group, in a kernel in front of the rounding.
+A round costs four shuffles per channel within a warp: by its instructions about 5 microseconds for a row of 4096 on one
+multiprocessor, which has it to itself. For many rows and for long ones the matrix units rotate, with a matrix per group, in
+a kernel of its own in front of the rounding.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -54,12 +55,19 @@ def gate_quantise(gate_up: Tensor, form: RowFormat) -> QuantisedRows:
     return _run(_GATE, gate_up, gate_up, gate_up, gate_up, 0.0, form)
 
 
-def turn(x: Tensor, rotation: Rotation) -> Tensor:
-    """Many scaled and turned rows, float32 [M, K], off by about 2^-17 of a group's norm."""
-    (count, size), width, block = x.shape, rotation.group_size, 64
+def turn(x: Tensor, rotation: Rotation, gated: bool = False) -> Tensor:
+    """Scaled and turned rows by matrices, float32 [M, K], off by about 2^-17 of a group's norm.
+
+    Args:
+        x: Rows [M, K], or in front of the gate [M, 2 * K].
+        rotation: Of K channels.
+        gated: The latter.
+    """
+    count, size, width = len(x), x.shape[1] // 2 if gated else x.shape[1], rotation.group_size
+    block = 16 if count <= 16 else 64
     out = torch.empty(count, size, dtype=torch.float32, device=x.device)
     grid = (size // width, triton.cdiv(count, block))
-    _turn[grid](x, rotation.blocks, out, count, size, x.stride(0), TOKENS=block, WIDTH=width, num_warps=4)
+    _turn[grid](x, rotation.blocks, out, count, size, x.stride(0), GATED=gated, TOKENS=block, WIDTH=width, num_warps=4)
     return out
 
 
@@ -114,7 +122,7 @@ def _run(
         FIXED=form.scale is not None,
         GROUPS=padded,
         WIDTH=width,
-        num_warps=min(32, max(1, padded * width // 128)),
+        num_warps=min(16, max(1, width // 256)) if rotation is None else min(32, max(1, padded * width // 128)),
     )
     return QuantisedRows(
         values, scales if form.dtype in LARGEST else None, None if form.group_size is None else sums, x.dtype
@@ -179,7 +187,7 @@ def _input(x, update, weight, total, column, within, size, update_part, eps, SOU
     y = tl.load(x + column, mask=within, other=0.0).to(tl.float32)
     if SOURCE == _GATE:
         up = tl.load(x + size + column, mask=within, other=0.0).to(tl.float32)
-        y = ((y * tl.sigmoid(y)).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+        y = _gated(y, up, dtype).to(tl.float32)
     if SOURCE == _ADD:
         added = tl.load(update + column, mask=within, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
@@ -225,15 +233,23 @@ def _scaled(y, fixed, LARGEST: tl.constexpr, FIXED: tl.constexpr, WHOLE: tl.cons
 
 
 @triton.jit(do_not_specialize=["count"])
-def _turn(x, blocks, out, count, size, x_row, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+def _turn(x, blocks, out, count, size, x_row, GATED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """One group of some rows times the group's matrix, which comes as a sum of two."""
     group = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     lane = tl.arange(0, WIDTH)
-    known = tl.minimum(token, count - 1).to(tl.int64)
-    rows = tl.load(x + known[:, None] * x_row + (group * WIDTH + lane)[None, :])
+    column = (group * WIDTH + lane)[None, :]
+    row = x + tl.minimum(token, count - 1).to(tl.int64)[:, None] * x_row
+    rows = tl.load(row + column)
+    if GATED:
+        rows = _gated(rows.to(tl.float32), tl.load(row + size + column).to(tl.float32), rows.dtype)
     place = blocks + (group * WIDTH + lane)[:, None] * WIDTH + lane[None, :]
     acc = tl.dot(rows, tl.load(place).to(rows.dtype))
     acc = tl.dot(rows, tl.load(place + size * WIDTH).to(rows.dtype), acc)
-    stored = out + token.to(tl.int64)[:, None] * size + (group * WIDTH + lane)[None, :]
-    tl.store(stored, acc, mask=(token < count)[:, None])
+    tl.store(out + token.to(tl.int64)[:, None] * size + column, acc, mask=(token < count)[:, None])
+
+
+@triton.jit
+def _gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up, rounded behind either, as in `silu_mul`."""
+    return ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)
