@@ -1,8 +1,8 @@
 """Packed matrices of a foreign layout, un-repacked once and kept as a safetensors file in the user's cache directory.
 
-For models on the CPU, where it takes 0.08 s of a core for every 4096 x 4096 weights; on a GPU matrices are unpacked as they
-are read. The file's name is a hash of the packed tensors' contents, so that a checkpoint that changes, or lies elsewhere,
-finds what is its own.
+For models on the CPU, where it takes 0.08 s of a core for every 4096 x 4096 weights; on a GPU matrices are unpacked as
+they are read. The file's name is a hash of the packed tensors' contents, so that a checkpoint that changes, or lies
+elsewhere, finds what is its own.
 """
 
 from __future__ import annotations
