@@ -5,8 +5,8 @@ the pairs; nothing is put back until the end, where values are stored at their o
 for the zero points of 4-bit weights.
 
 A round costs four shuffles per channel within a warp: by its instructions about 5 microseconds for a row of 4096 on one
-multiprocessor, which has it to itself. For many rows and for long ones the matrix units rotate, with a matrix per group, in
-a kernel of its own in front of the rounding.
+multiprocessor, which has it to itself. For many rows and for long ones the matrix units rotate, with a matrix per
+group, in a kernel of its own in front of the rounding.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
