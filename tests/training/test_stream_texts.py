@@ -69,7 +69,7 @@ def test_records_of_streams_are_what_the_engines_have(model, tokenizer, tmp_path
 
 def test_a_scene_changes_with_the_decision() -> None:
     # Forms without a gap to be filled are sentences.
-    said = [[text for text in forms_of(one) if parse(text) == one] for one in every_decision()]
+    said = [[f"{form}." for form in forms_of(one) if parse(f"{form}.") == one] for one in every_decision()]
     (one, *paraphrases), (other, *_) = [texts for texts in said if len(texts) > 1][:2]
     watch = SceneWatch()
     assert not watch.see(one)
