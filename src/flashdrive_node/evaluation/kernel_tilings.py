@@ -81,7 +81,11 @@ def _product_case(matrix: Matrix, buffers: Buffers) -> FormatCase:
 
 def _named(used: AnyTiling, fits: Callable[[AnyTiling], bool]) -> Iterator[tuple[str, AnyTiling]]:
     """The tiling in use and those beside it, by names of their own."""
-    beside: list[AnyTiling] = [t for t in neighbours(used) if fits(t)]
-    for tiling in (used, *beside):
-        name = f"{tiling.rows} x {tiling.block}, {tiling.splits} split(s), {tiling.warps} warps, {tiling.stages} stages"
-        yield f"{name} (in use)" if tiling is used else name, tiling
+    yield f"{_name(used)} (in use)", used
+    for tiling in neighbours(used):
+        if fits(tiling):
+            yield _name(tiling), tiling
+
+
+def _name(t: triton_attention.Tiling | triton_linear.Tiling) -> str:
+    return f"{t.rows} x {t.block}, {t.splits} split(s), {t.warps} warps, {t.stages} stages"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -102,11 +102,10 @@ def stage_operators(
         if drafter is None:
             raise ValueError("a drafter is required for speculative rounds, found none")
         decode = _speculate(config, work, item_bytes, drafter) * work.rounds
-    prefill = decoder_pass(config.text, work.computed_tokens, work.prefill_pairs, work.prompt_tokens, item_bytes)
     return {
         "images": [Operator(work.frame_bytes, upload=True)],
         "encode": vision_pass(config.vision, work.patches, item_bytes),
-        "prefill": [*prefill, _head(config, 1, item_bytes)],
+        "prefill": [*_prefill(config, work, item_bytes), _head(config, 1, item_bytes)],
         "decode": decode,
         "action": _flow_evaluation(config, work, item_bytes) * work.evaluations,
     }
@@ -158,6 +157,19 @@ def vision_pass(config: VisionConfig, patches: Sequence[int], item_bytes: int) -
         Operator((blocks + embed) * item_bytes, 2.0 * rows * (blocks + embed)),
         Operator(0, 4.0 * pairs * hidden * config.depth),
         Operator(mergers * item_bytes, 2.0 * merged * mergers),
+    ]
+
+
+def _prefill(config: AlpamayoConfig, work: Workload, item_bytes: int) -> list[Operator]:
+    """All tokens through the stack, but for what the last layer does behind its keys and values: for one of them."""
+    text, tokens = config.text, work.computed_tokens
+    weights = decoder_weights(text)
+    behind = weights // text.num_layers - 2 * text.kv_size * text.hidden_size
+    _, attention = decoder_pass(text, tokens, work.prefill_pairs, work.prompt_tokens, item_bytes)
+    last = attention.flops / text.num_layers * (1 - 1 / tokens)
+    return [
+        Operator(weights * item_bytes, 2.0 * (tokens * weights - (tokens - 1) * behind)),
+        replace(attention, flops=attention.flops - last),
     ]
 
 
