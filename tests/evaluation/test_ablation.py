@@ -32,6 +32,7 @@ def test_what_changes_no_answer_is_answered_once() -> None:
             "plain": PLAIN,
             "features": STREAMING,
             "drafted": replace(STREAMING, drafter=Path("d")),
+            "shared": replace(STREAMING, shared_text=True),
             "kv": replace(STREAMING, stream=kv),
             "kv, drafted": replace(STREAMING, stream=kv, drafter=Path("d")),
             "refreshed": replace(STREAMING, stream=replace(kv, refresh_every=10)),
@@ -41,7 +42,7 @@ def test_what_changes_no_answer_is_answered_once() -> None:
         }
     )
     assert found == {
-        "plain": "plain", "features": "plain", "drafted": "plain", "kv": "kv", "kv, drafted": "kv",
+        "plain": "plain", "features": "plain", "drafted": "plain", "shared": "shared", "kv": "kv", "kv, drafted": "kv",
         "refreshed": "refreshed", "tuned": "tuned", "flow": "flow", "all": "all",
     }  # fmt: skip
 

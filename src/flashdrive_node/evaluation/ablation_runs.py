@@ -16,11 +16,14 @@ from flashdrive_node.model.errors import InputError
 
 
 def function_of(settings: PlainSettings) -> Hashable:
-    """Equal for settings that answer alike: features that are kept and guesses that are checked change nothing."""
+    """Equal for settings that answer alike: features that are kept and guesses that are checked change nothing.
+
+    Checked guesses give the same texts at greedy, and draw from the same distribution otherwise.
+    """
     if not isinstance(settings, StreamingSettings):
-        return weights_of(settings), None, None
+        return weights_of(settings), None, None, False
     stream = settings.stream if settings.stream.mode == "kv" else None
-    return weights_of(settings), stream, settings.schedule
+    return weights_of(settings), stream, settings.schedule, settings.shared_text
 
 
 def same_as(configurations: Mapping[str, PlainSettings]) -> dict[str, str]:
