@@ -1,15 +1,17 @@
 """What "auto" stands for, and what the settings make of a precision's name."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flashdrive_node.engine.drafter import load_drafter
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.precision import Card, automatic, choose
+from flashdrive_node.engine.precision import Card, Choice, automatic, choose
 from flashdrive_node.engine.precision_speeds import MeasuredSpeed, read_speeds
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.model.errors import ConfigError, InputError
@@ -17,7 +19,7 @@ from flashdrive_node.model.fp8 import Fp8Linear
 from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.presets import alpamayo_1_5_10b
-from support.checkpoints import BUNDLED
+from support.checkpoints import BUNDLED, edit_json
 from support.small_models import random_model, small_config
 
 GIB = 2**30
@@ -52,11 +54,25 @@ def test_fastest_that_fits() -> None:
     assert choose(config, big, 1, [speed("bf16", 30), speed("fp8", 40)]).stages == PRESETS["bf16"]
     assert choose(config, big, 1, speeds, packed=True).stages == PRESETS["w4a16"]
     assert choose(config, small, 1, speeds).stages == PRESETS["fp8"]
-    # Of six samples the row of six counts, and bf16 of one stands for want of another.
-    assert choose(config, big, 6, speeds).stages == PRESETS["bf16"]
+    # Times of one number of samples are compared, of the nearest that more than one preset has.
+    assert choose(config, big, 6, speeds).stages == PRESETS["fp8"]
+    assert choose(config, big, 6, [*speeds, speed("bf16", 65, samples=6)]).stages == PRESETS["bf16"]
     for others in ([speed("fp8", 40, capability="12.0")], [speed("fp8", 40, size=256)], [speed("fp8", 40)]):
         assert choose(config, big, 1, others).stages == PRESETS["bf16"]
     assert choose(config, big, 1, [], packed=True).stages is None
+
+
+def test_calibrated_checkpoints_run_in_what_they_were_calibrated_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(BUNDLED, checkpoint)
+    card = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert automatic(checkpoint, torch.device("cuda"), 1).stages == PRESETS["bf16"]
+    edit_json(checkpoint / "config.json", stage_precision={"vision": "fp8_static"})
+    found = automatic(checkpoint, torch.device("cuda"), 1)
+    assert found == Choice(None, "as the checkpoint says, which was calibrated for it")
 
 
 def test_table_of_speeds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from flashdrive_node.engine.precision_speeds import MeasuredSpeed, read_speeds, 
 from flashdrive_node.model.checkpoint_files import survey
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.footprint import Precision, cache_bytes_per_token, cache_tokens, weight_bytes
-from flashdrive_node.model.precision import PRESETS, StagePrecision
+from flashdrive_node.model.precision import PRECISION_KEY, PRESETS, StagePrecision
 from flashdrive_node.model.quantised_files import find_quantised
 from flashdrive_node.model.source import read_config
 from flashdrive_node.model.state_dict import release_slots
@@ -47,6 +48,8 @@ def automatic(directory: Path, device: torch.device, samples: int, allow_downloa
     if device.type != "cuda":
         return Choice(None, f"as the checkpoint says, on {device.type}")
     config = read_config(directory, allow_download)
+    if PRECISION_KEY in config.raw:
+        return Choice(None, "as the checkpoint says, which was calibrated for it")
     packed = bool(find_quantised(survey(directory), release_slots(config)).matrices)
     properties = torch.cuda.get_device_properties(device)
     card = Card(properties.total_memory, f"{properties.major}.{properties.minor}")
@@ -54,7 +57,7 @@ def automatic(directory: Path, device: torch.device, samples: int, allow_downloa
 
 
 def choose(
-    config: AlpamayoConfig, card: Card, samples: int, speeds: list[MeasuredSpeed], packed: bool = False
+    config: AlpamayoConfig, card: Card, samples: int, speeds: Sequence[MeasuredSpeed], packed: bool = False
 ) -> Choice:
     """The fastest preset that fits the card, of those that were measured on such cards; else the least rounding.
 
@@ -69,9 +72,8 @@ def choose(
     names = [name for name, stages in PRESETS.items() if stages.four_bits == packed]
     usable, gib = _USABLE * card.memory_bytes, 2**30
     fitting = [name for name in names if needs[name] <= usable]
-    times = times_of(speeds, card.capability, config.text.hidden_size, samples)
-    measured = {name: times[name] for name in fitting if name in times}
-    if len(measured) > 1:
+    measured = times_of(speeds, card.capability, config.text.hidden_size, samples, fitting)
+    if measured:
         best = min(measured, key=lambda name: measured[name].window_ms)
         row = measured[best]
         said = ", ".join(f"{name} {m.window_ms:.1f} ms" for name, m in measured.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,17 @@ def _problem(row: Any) -> str:
     return ""
 
 
-def times_of(speeds: list[MeasuredSpeed], capability: str, hidden_size: int, samples: int) -> dict[str, MeasuredSpeed]:
-    """By preset: what was measured on such a card with such a model, of the number of samples that is nearest."""
-    found: dict[str, MeasuredSpeed] = {}
-    for row in speeds:
-        if (row.capability, row.hidden_size) != (capability, hidden_size):
-            continue
-        other = found.get(row.preset)
-        if other is None or abs(row.samples - samples) < abs(other.samples - samples):
-            found[row.preset] = row
-    return found
+def times_of(
+    speeds: Sequence[MeasuredSpeed], capability: str, hidden_size: int, samples: int, presets: Collection[str]
+) -> dict[str, MeasuredSpeed]:
+    """Rows that can be compared: of such a card and model, all with one number of samples, the nearest that is there.
+
+    Returns:
+        By preset, of those that are asked for; empty where not two of them were measured alike.
+    """
+    rows = [r for r in speeds if (r.capability, r.hidden_size) == (capability, hidden_size) and r.preset in presets]
+    for count in sorted({row.samples for row in rows}, key=lambda count: abs(count - samples)):
+        found = {row.preset: row for row in rows if row.samples == count}
+        if len(found) > 1:
+            return found
+    return {}
