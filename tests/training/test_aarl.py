@@ -180,7 +180,7 @@ def test_learning_follows_the_action_and_the_anchor_holds_it_back(policy, record
     for weight in (0.0, 20.0):
         again = new_drafter(drafter.config, policy.model, 1)
         rule = AarlRule(action_weight=5.0, kl_weight=weight, drafts=8, places=1)
-        trainer = trained(again, recorder, short, rule, 150)
+        trainer = trained(again, recorder, short, rule, 100)
         found[weight] = trainer.log.training[-1]
     assert 0.2 < even_share(drafter, recorder, short) < 0.8
     assert found[0.0]["reward of the action"] > found[20.0]["reward of the action"] + 0.2
@@ -188,14 +188,14 @@ def test_learning_follows_the_action_and_the_anchor_holds_it_back(policy, record
 
 
 def test_accepted_guesses_grow_and_the_best_is_kept(policy, recorder, drafter, samples) -> None:
-    trainer = trained(drafter, recorder, samples, AarlRule(action_weight=0.0, kl_weight=0.0), 150)
+    trainer = trained(drafter, recorder, samples, AarlRule(action_weight=0.0, kl_weight=0.0), 100)
     rows = trainer.log.training
     assert rows[-1]["expected accepted guesses"] > rows[0]["expected accepted guesses"] + 0.3
     looks = [row["accept length"] for row in trainer.log.validation]
     held = hold(iter([samples]), 2, 1, "held out")
     assert trainer._accepted(held) == pytest.approx(max(looks))
     # Another run of the same seed is the same run.
-    again = trained(new_drafter(drafter.config, policy.model, 1), recorder, samples, AarlRule(0.0, 0.0), 150)
+    again = trained(new_drafter(drafter.config, policy.model, 1), recorder, samples, AarlRule(0.0, 0.0), 100)
     for one, other in zip(trainer.drafter.parameters(), again.drafter.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -11,6 +11,7 @@ import torch
 
 from flashdrive_node.engine.batched_policy import BatchedPolicy
 from flashdrive_node.evaluation.clip import Clip, ClipSource, parse_range
+from flashdrive_node.evaluation.lockstep import HeldClips
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.training.rollouts import Rollouts, RolloutSettings, Samples
@@ -31,6 +32,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation-world", default="validation:0-63", metavar="SPLIT:FIRST-LAST")
     group.add_argument("--test-world", default="test:0-63", metavar="SPLIT:FIRST-LAST", help="only measured on")
     group.add_argument("--clip-windows", type=int, default=30, help="windows of a stream's clip (default: 30)")
+    group.add_argument(
+        "--clips", type=int, default=0, help="to learn from: drawn once and kept, 18 MB each (default: all, anew)"
+    )
     group.add_argument("--lanes", type=int, default=32, help="streams side by side (default: 32)")
     group.add_argument("--temperature", type=float, default=0.6, help="of the deployment; 0 is greedy (default: 0.6)")
     group.add_argument("--max-length", type=int, default=64, help="longest text, tokens (default: 64)")
@@ -61,7 +65,7 @@ def clip_split(args: argparse.Namespace, split: str, device: torch.device) -> Cl
     name = {"train": "world", "validation": "validation_world", "test": "test_world"}[split]
     world, _, indices = getattr(args, name).partition(":")
     chosen = parse_range(indices, f"--{name.replace('_', '-')}")
-    return WorldClips(world, chosen, args.clip_windows, device=device, compiled=device.type == "cuda")
+    return WorldClips(world, chosen, args.clip_windows, device=device)
 
 
 class ChosenClips:
@@ -91,22 +95,43 @@ def text_policy(args: argparse.Namespace, loaded: LoadedModel, cameras: tuple[in
     )
 
 
-def streams(args: argparse.Namespace, split: str, recorder: TextRecorder) -> Iterator[Samples]:
-    """Windows of streams with their texts: disturbed without end to learn from, else calm and one pass.
+def held_clips(args: argparse.Namespace, device: torch.device) -> ClipSource:
+    """Clips to learn from; so many as `--clips` says are drawn once and kept, all where it says none.
 
     Raises:
         InputError: As `clip_split`.
     """
-    learning = split == "train"
-    source = clip_split(args, split, recorder.policy.model.device)
+    source = clip_split(args, "train", device)
+    return HeldClips(source, args.clips) if args.clips else source
+
+
+def streams(
+    args: argparse.Namespace, split: str, recorder: TextRecorder, source: ClipSource | None = None
+) -> Iterator[Samples]:
+    """Windows of streams with their texts: disturbed without end to learn from, else calm and one pass.
+
+    Args:
+        args: Parsed.
+        split: See `clip_split`.
+        recorder: Makes the records.
+        source: Clips to use in place of the split's own.
+
+    Raises:
+        InputError: As `clip_split`.
+    """
+    learning, device = split == "train", recorder.policy.model.device
+    if source is None:
+        source = held_clips(args, device) if learning else clip_split(args, split, device)
     disturbances: dict[str, Any] = {"staggered": True} if learning else _CALM
     way = RolloutSettings(lanes=args.lanes, **disturbances)
     return Rollouts(recorder.policy, source, way, args.seed, repeat=learning, recorder=recorder)
 
 
-def stream_texts(args: argparse.Namespace, split: str, recorder: TextRecorder) -> Iterator[TextRecords]:
-    """The texts alone."""
-    for samples in streams(args, split, recorder):
+def stream_texts(
+    args: argparse.Namespace, split: str, recorder: TextRecorder, source: ClipSource | None = None
+) -> Iterator[TextRecords]:
+    """The texts alone, arguments as in `streams`."""
+    for samples in streams(args, split, recorder, source):
         if samples.records is not None:
             yield samples.records
 

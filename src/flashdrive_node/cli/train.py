@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from flashdrive_node.cli import train_aarl, train_drafter, train_streaming
+from flashdrive_node.cli import train_aarl, train_comparison, train_drafter, train_streaming
 from flashdrive_node.model.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train_drafter.add_arguments(drafter)
     aarl = actions.add_parser("aarl", help="a trained drafter further, by what its drafts would do to the action")
     train_aarl.add_arguments(aarl)
+    drafters = actions.add_parser("drafters", help="all kinds of drafters on the same texts, compared")
+    train_comparison.add_arguments(drafters)
     streaming = actions.add_parser("streaming", help="the action expert of a checkpoint, fine-tuned to streams")
     train_streaming.add_arguments(streaming)
     vla.add_argument("out", type=Path, metavar="DIR", help="new directory for checkpoint, history baseline and log")
@@ -47,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is asked for."""
-    others = {"drafter": train_drafter.run, "aarl": train_aarl.run, "streaming": train_streaming.run}
+    others = {
+        "drafter": train_drafter.run,
+        "aarl": train_aarl.run,
+        "drafters": train_comparison.run,
+        "streaming": train_streaming.run,
+    }
     return others.get(args.what, _vla)(args)
 
 

@@ -39,6 +39,8 @@ class AarlSettings:
     #: Time at most, and steps at most, which repeat themselves.
     minutes: float
     steps: int | None = None
+    #: Steps per batch of windows; drafts are drawn anew in each.
+    reuse: int = 4
     #: Steps between two looks at the held-out texts, and looks without a better one after which the run ends.
     every: int = 25
     patience: int = 6
@@ -155,13 +157,11 @@ class AarlTrainer:
         best, best_state, looks_since = self._accepted(validation), self._state(), 0
         started, limit_s, clock, step, reason = time.monotonic(), 60 * s.minutes, 0.0, 0, "budget"
         rows: list[Judged] = []
+        samples: Samples | None = None
         with tqdm(total=round(limit_s), desc="drafts", unit="s") as bar:
             while clock < 1:
-                samples = next(training, None)
-                if samples is None:
-                    raise InputError("windows to learn from are required, found none")
-                if samples.records is None or not len(anchors(samples.records)):
-                    continue  # texts of one token have nothing to guess
+                if samples is None or step % s.reuse == 0:
+                    samples = _told_windows(training)
                 judged = self.judge.judge(samples)
                 judged.loss.backward()
                 seconds = time.monotonic() - started
@@ -203,6 +203,18 @@ class AarlTrainer:
         self.log.training.append(at | means)
         self.log.validation.append(at | {"accept length": accepted})
         return means[names["kl"]]
+
+
+def _told_windows(training: Iterator[Samples]) -> Samples:
+    """The next windows with a text in which something can be guessed.
+
+    Raises:
+        InputError: There are none.
+    """
+    for samples in training:
+        if samples.records is not None and len(anchors(samples.records)):
+            return samples
+    raise InputError("windows to learn from are required, found none")
 
 
 def by_clip(values: torch.Tensor, clips: torch.Tensor) -> Estimate:
