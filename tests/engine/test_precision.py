@@ -67,6 +67,8 @@ def test_calibrated_checkpoints_run_in_what_they_were_calibrated_for(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(BUNDLED, checkpoint)
+    backbone = json.loads((BUNDLED / "config.json").read_text())["vlm_name_or_path"]
+    edit_json(checkpoint / "config.json", vlm_name_or_path=str((BUNDLED / backbone).resolve()))
     card = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert automatic(checkpoint, torch.device("cuda"), 1).stages == PRESETS["bf16"]
