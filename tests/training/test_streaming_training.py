@@ -84,6 +84,8 @@ def test_streams_are_disturbed(loaded, policy, bags) -> None:
     assert [next(anew).lengths.tolist() for _ in range(3)] == [[1]] * 3
     missing = Rollouts(policy, BagClips(bags[:1], RIG), RolloutSettings(1, 0.0, 0.6), seed=1, repeat=False)
     assert 0 < len(list(missing)) < 4
+    with pytest.raises(InputError, match=r"of one size in all clips are required, found others: \[4, 64, 32\]"):
+        anew._streams_for(torch.zeros(1, 2, 4, 64, 32, 3, dtype=torch.uint8))
     with pytest.raises(InputError, match="1 lane or more"):
         Rollouts(policy, BagClips(bags, RIG), RolloutSettings(lanes=0), seed=0)
 

@@ -148,11 +148,16 @@ class Rollouts(Iterator[Samples]):
         )
 
     def _streams_for(self, images: Tensor) -> BatchedStreams:
-        """Streams of windows with such images."""
+        """Streams of windows with such images.
+
+        Raises:
+            InputError: They are of another layout than the first ones.
+        """
+        layout = self.policy.layout(images)
         if self._streams is None:
-            policy = self.policy
-            layout = policy.layout(images)
-            self._streams = BatchedStreams(policy.model, layout, self.settings.lanes, StreamSettings("kv"))
+            self._streams = BatchedStreams(self.policy.model, layout, self.settings.lanes, StreamSettings("kv"))
+        if self._streams.layout is not layout:
+            raise InputError(f"pictures of one size in all clips are required, found others: {list(images.shape[2:5])}")
         return self._streams
 
     def _next_window(self, lane: int) -> tuple[int, Window, Truth] | None:
