@@ -169,10 +169,13 @@ def test_number_of_rows_separates_prefill_from_decoding() -> None:
     assert (ParoLinear(weight, ALWAYS).format, ParoLinear(weight, NEVER).format) == ("w4a8", "w4a16")
 
 
-def test_without_rotation_it_is_plain_rounding_of_groups() -> None:
-    matrix = quantise(torch.randn(16, 256, generator=generator(9)), 128)
-    pairs = random_pairs(256, 8, 128, generator(10))
-    plain = ParoWeight(pairs, torch.zeros(8, 128).half(), torch.ones(256).half(), matrix)
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([16, 128]), st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_without_rotation_it_is_plain_rounding_of_groups(eights: int, groups: int, size: int, seed: int) -> None:
+    columns = size * groups
+    matrix = quantise(torch.randn(8 * eights, columns, generator=generator(seed)), size)
+    pairs = random_pairs(columns, 8, size, generator(seed + 1))
+    plain = ParoWeight(pairs, torch.zeros(8, columns // 2).half(), torch.ones(columns).half(), matrix)
     assert torch.equal(ParoLinear(plain).dequantised(), dequantise(matrix))
 
 
