@@ -253,7 +253,7 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
     )
     x = torch.randn(rows, 5, 2, generator=generator)
     t = torch.tensor(0.4)
-    together = waypoints.velocity()(x, t)
+    together = waypoints.velocity()(x, model.expert.action_in_proj.time_part(t[None])[0])
     assert bool(together.isfinite().all())
     for row, script in enumerate(found.text.rows()):
         alone = inference.decode(
