@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from flashdrive_node.cli import benchmark_kernels as command
+from flashdrive_node.cli.main import main
 from flashdrive_node.engine.kernels.backend import forced
+from flashdrive_node.evaluation import kernel_tilings
 from flashdrive_node.evaluation.format_benchmark import (
     FormatTime,
     best_markdown,
@@ -22,12 +26,13 @@ from support.small_models import small_config
 
 pytest.importorskip("triton", reason="the kernels need the triton package")
 cases = pytest.importorskip("flashdrive_node.evaluation.format_cases")
+Tiling = pytest.importorskip("flashdrive_node.engine.kernels.triton_linear").Tiling
 
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch):
     """A model of one group of channels, and of few tokens and copies."""
-    monkeypatch.setattr(cases, "TEXT_TOKENS", (2, 66))
+    monkeypatch.setattr(cases, "TEXT_TOKENS", (2,))
     monkeypatch.setattr(cases, "_EXPERT_TOKENS", (3,))
     monkeypatch.setattr(cases, "_HEAD_TOKENS", (1,))
     monkeypatch.setattr(cases, "_PATCHES", (5,))
@@ -67,6 +72,24 @@ def test_tilings_compute_the_same(config, monkeypatch: pytest.MonkeyPatch) -> No
         case = next(iter(cases.tiling_cases(config, DEVICE, DTYPE)))
         first, second = (calls[0]() for calls in case.calls.values())
     torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-2)
+
+
+def test_command(config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(command.DIMENSIONS, "10b", lambda: config)
+    one = cases.matrices(config)[:1]
+    monkeypatch.setattr(cases, "matrices", lambda _: one)
+    monkeypatch.setattr(kernel_tilings, "bf16_tiling_cases", lambda *_: [])  # of a whole window: too much here
+    monkeypatch.setattr(cases, "_few_tilings", lambda: [Tiling(64, 16, 1, 4, 2)])
+    monkeypatch.setattr(cases, "_many_tilings", lambda: [Tiling(64, 16, 1, 4, 3)])
+    arguments = ["benchmark-kernels", "--device", DEVICE.type, "--repeats", "1", "--tables", "formats", "tilings"]
+    with forced("triton"):
+        assert main([*arguments, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| gate and rounding, 128 | 2 | – |" in out
+    assert "64 x 16, 1 split(s), 4 warps, 3 stages" in out
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "formats.json", "formats.md", "formats.png", "tilings.json", "tilings.md",
+    }  # fmt: skip
 
 
 def test_measuring(config) -> None:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"benchmark-kernels needs a device that the Triton kernels run on, found {device}")
     if args.repeats < 1:
         raise InputError(f"--repeats must be 1 or more, found {args.repeats}")
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     conditions = {"device": name, "torch": torch.__version__, "dimensions": args.dims, "precision": "bfloat16"}
     config, title = DIMENSIONS[args.dims](), f"{name}, {args.dims} dimensions"
     for table in dict.fromkeys(args.tables):
