@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from flashdrive_node.engine.drafter import load_drafter
+from flashdrive_node.engine.drafter import Drafter, load_drafter
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import EngineError
@@ -99,14 +99,18 @@ def _measure(args: argparse.Namespace) -> Report:
 
     loaded, memory = measure_load(load, device)
     model = loaded.model
-    drafter, drafter_name = None, "none"
-    if any(CONFIGURATIONS[name].speculative for name in args.configurations):
-        drafter_name = str(args.drafter or "random, of the published dimensions")
-        drafter = (
+    # By whether it is a routine one.
+    drafters: dict[bool, Drafter] = {}
+    for routine in {CONFIGURATIONS[name].routine for name in args.configurations if CONFIGURATIONS[name].speculative}:
+        drafters[routine] = (
             load_drafter(args.drafter, model.config, model.device, model.dtype, loaded.precision)
-            if args.drafter
-            else random_drafter(model, stages=loaded.precision)
+            if args.drafter and not routine
+            else random_drafter(model, stages=loaded.precision, routine=routine)
         )
+    drafter_name = "none"
+    if drafters:
+        drafter_name = str(args.drafter or "random, of the published dimensions")
+        drafter_name += "; routine drafter: random" if args.drafter and True in drafters else ""
     drive = RandomDrive(model.config, settings.image_size, settings.cameras, settings.frames)
     report = Report(
         conditions(loaded, drive, procedure, args.dims is not None, drafter_name),
@@ -117,6 +121,7 @@ def _measure(args: argparse.Namespace) -> Report:
         for name in args.configurations:
             each = replace(settings, samples=samples)
             try:
+                drafter = drafters.get(CONFIGURATIONS[name].routine)
                 report.measurements.append(measure(name, procedure, each, loaded, drafter, drive, report.ceilings))
             except (EngineError, RuntimeError) as error:  # no memory for one is no reason to lose the others
                 logger.exception("%s, %d sample(s)", name, samples)

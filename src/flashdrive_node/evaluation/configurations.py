@@ -29,6 +29,8 @@ class Configuration:
     flow: bool = False
     #: Whether the engine is given the new frames camera by camera; the time counts from the last camera's.
     ahead: bool = False
+    #: Whether the drafter is a routine one, which reads parts of the prompt.
+    routine: bool = False
 
 
 #: The rows of FlashDrive's table of latencies, each of the middle ones with the system's work and one idea more; then
@@ -42,6 +44,7 @@ CONFIGURATIONS = {
     "all": Configuration("all", "kv", speculative=True, flow=True),
     "features": Configuration("all, exact prefill", "features", speculative=True, flow=True),
     "ahead": Configuration("all, from the last camera", "kv", speculative=True, flow=True, ahead=True),
+    "routine": Configuration("all, routine drafter", "kv", speculative=True, flow=True, routine=True),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flashdrive_node.engine.drafter import Drafter
-from flashdrive_node.engine.drafter_config import DrafterConfig
+from flashdrive_node.engine.drafter_config import PARTS, DrafterConfig
 from flashdrive_node.evaluation.random_quantised import place_random
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint import CheckpointInfo
@@ -59,21 +59,24 @@ def write_random_checkpoint(config: AlpamayoConfig, directory: Path, device: tor
     (directory / "tokenizer.json").write_bytes(vocabulary.read_bytes())
 
 
-def release_drafter_config(target: AlpamayoConfig) -> DrafterConfig:
-    """The published drafter's architecture, at the width of any target."""
+def release_drafter_config(target: AlpamayoConfig, routine: bool = False) -> DrafterConfig:
+    """The published drafter's architecture, at the width of any target; or a routine drafter of the same size."""
     text = target.text
     decoder = replace(text, num_layers=DRAFTER_LAYERS, rope_theta=1_000_000.0, mrope_section=(text.head_dim // 2, 0, 0))
     layers = [i * text.num_layers // DRAFTER_TARGET_DEPTH for i in DRAFTER_TARGETS]
     mask = target.tokens.vocab_size  # one row behind the target's table
-    return DrafterConfig(decoder, tuple(layers), DRAFTER_BLOCK, DRAFTER_CONTEXT, mask)
+    config = DrafterConfig(decoder, tuple(layers), DRAFTER_BLOCK, DRAFTER_CONTEXT, mask)
+    return replace(config, rotary="flat", parts=PARTS) if routine else config
 
 
-def random_drafter(target: Alpamayo, seed: int = 0, stages: StagePrecision | None = None) -> Drafter:
-    """A drafter of the published architecture on the target's device and in its type, or the format of its stage.
+def random_drafter(
+    target: Alpamayo, seed: int = 0, stages: StagePrecision | None = None, routine: bool = False
+) -> Drafter:
+    """A drafter of `release_drafter_config` on the target's device and in its type, or the format of its stage.
 
     What it guesses is as good as never right, and takes as long as what a trained one guesses.
     """
-    drafter = Drafter(release_drafter_config(target.config)).to(target.device, target.dtype)
+    drafter = Drafter(release_drafter_config(target.config, routine)).to(target.device, target.dtype)
     generator = torch.Generator(target.device).manual_seed(seed)
     for name, tensor in (*drafter.named_parameters(), ("mask_embedding", drafter.mask_embedding)):
         if tensor.ndim == 1 and name != "mask_embedding":
