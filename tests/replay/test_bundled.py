@@ -1,5 +1,6 @@
 """What the package carries: small enough, whole, and what its documentation says."""
 
+from argparse import Namespace
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from flashdrive_node import bundled
 from flashdrive_node.bundled import BUNDLED, bundled_checkpoint, bundled_drive
 from flashdrive_node.cli.demo import engine_parameters
+from flashdrive_node.cli.engine_options import overlay_of
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
@@ -23,6 +25,7 @@ from flashdrive_node.evaluation.policies import history_file
 from flashdrive_node.evaluation.sabotage import BlankedEngine
 from flashdrive_node.evaluation.world_bag import SceneChoice, truth
 from flashdrive_node.model.config import ALPAMAYO_1_5
+from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 from flashdrive_node.model.sampling import SamplingSettings
@@ -137,6 +140,9 @@ def test_what_the_demo_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert engine_parameters("other") == plain
     monkeypatch.setattr(bundled, "_DATA", tmp_path)
     assert engine_parameters(BUNDLED) == plain | {"checkpoint": BUNDLED}
+    named = Namespace(overlay=Path(BUNDLED))
+    with pytest.raises(InputError, match="--overlay: a path is required, found 'bundled'"):
+        overlay_of(named)
     drafter, overlay = (tmp_path / "alpamayo_small" / name for name in ("drafter", "streaming/expert.safetensors"))
     drafter.mkdir(parents=True)
     overlay.parent.mkdir()
@@ -144,3 +150,4 @@ def test_what_the_demo_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     found = engine_parameters(BUNDLED)
     assert found["stream_mode"] == "kv"
     assert (found["overlay"], found["drafter"]) == (str(overlay), str(drafter))
+    assert overlay_of(named) == overlay

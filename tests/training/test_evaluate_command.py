@@ -58,12 +58,24 @@ def test_evaluate(checkpoint, options, tmp_path, capsys) -> None:
         (["--drafter", "nowhere"], "--drafter: --engine streaming is required"),
         (["--world", "test:0"], "one of --bag, --world and --physical-ai is required"),
         (["--shard", "2/2"], "INDEX/COUNT"),
+        (["--sabotage", "cache"], "--engine streaming --stream-mode kv is required"),
         (["--rig", "nobody"], "no rig of this name"),
     ],
 )
 def test_options_that_do_not_go_together(checkpoint, options, tmp_path, capsys, arguments, message) -> None:
     assert main(["evaluate", str(checkpoint), *options, "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_sabotaged_run_says_so(checkpoint, options, tmp_path) -> None:
+    command = ["evaluate", str(checkpoint), *options, "--windows", "2", "--samples", "1", "--temperature", "0"]
+    command += ["--engine", "streaming", "--stream-mode", "kv", "--sabotage", "cache", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["settings"]["source"] == "bags drive, sabotaged: cache"
+    assert content["scored"] == 2
+    # The first window of the clip was looked at, at each of its ten steps but the first.
+    assert [len(row) for row in content["velocity_change"]] == [3] * 9
 
 
 def test_a_report_needs_results(tmp_path, capsys) -> None:
