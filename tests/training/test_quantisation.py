@@ -10,7 +10,9 @@ import torch
 
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import CameraFrames, Observation
-from flashdrive_node.engine.settings import PlainSettings
+from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
+from flashdrive_node.engine.stream import StreamSettings
+from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.clip import Clip, Window
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import InputError
@@ -38,6 +40,9 @@ from support.tiny_dimensions import TINY
 #: o_proj has 64 columns, which make no group.
 DIMS = TINY | {"layers": 1, "text_hidden": 128, "text_mlp": 128, "text_heads": 4, "kv_heads": 2}
 INPUTS, FITTING = InputSettings(windows=3, stride=1, rows=16), FitSettings(steps=3, rounding_steps=3, rows=16)
+
+
+_STREAMING = StreamingSettings("loaded", device="cpu", stream=StreamSettings("features"))
 
 
 class PaintedClips:
@@ -183,8 +188,11 @@ def test_static_scales_and_a_head_in_four_bits(loaded: LoadedModel, tmp_path: Pa
     layer = model.model.vision.blocks[0].fc1
     assert isinstance(layer, Fp8Linear)
     assert layer.input_scale is not None
-    prediction = PlainEngine(PlainSettings("loaded", device="cpu"), model).step(_observation(9))
-    assert np.isfinite(prediction.samples[0].xyz).all()
+    engines = PlainEngine(PlainSettings("loaded", device="cpu"), model), StreamingEngine(_STREAMING, model)
+    plain, streaming = (engine.step(_observation(9)).samples[0] for engine in engines)
+    assert np.isfinite(plain.xyz).all()
+    assert streaming.reasoning == plain.reasoning
+    np.testing.assert_allclose(streaming.xyz, plain.xyz, atol=0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize(("noise", "kept"), [(0.0, True), (2.0, False)])
