@@ -20,6 +20,7 @@ from flashdrive_node.evaluation.roofline import (
     vision_pass,
 )
 from flashdrive_node.model.alpamayo import Alpamayo
+from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.model.presets import alpamayo_1_5_10b
 from support.small_models import small_config
 
@@ -50,6 +51,24 @@ def test_floor_on_an_h200_is_the_known_one():
     for field in ("bytes", "flops", "ms"):
         stages = (getattr(floors[stage], field) for stage in (*known, "images"))
         assert getattr(floors["total"], field) == pytest.approx(sum(stages))
+
+
+def test_floors_of_the_presets():
+    """8 bits halve what weights take, 4 bits quarter it; keys, values and attention stay as they are."""
+    config = alpamayo_1_5_10b()
+    drafter = release_drafter_config(config)
+    floors = {name: stage_floors(config, STREAMING, 2, H200, drafter, stages) for name, stages in PRESETS.items()}
+    assert floors["bf16"] == stage_floors(config, STREAMING, 2, H200, drafter)
+    total = {name: found["total"].ms for name, found in floors.items()}
+    assert total["bf16"] > total["w4a16"] > total["fp8"] > total["w4a8"]
+    # 8-bit prefill and 4-bit decoding with the rest in bfloat16: 22 ms, by arithmetic of another hand.
+    text = StagePrecision.parse("prefill=w4a8,decode=w4a8,lm_head=int8,drafter=fp8")
+    alone = stage_floors(config, STREAMING, 2, H200, drafter, text)
+    assert alone["total"].ms - alone["images"].ms == pytest.approx(22, abs=1.3)
+    assert [alone[stage] for stage in ("encode", "action")] == [floors["bf16"][stage] for stage in ("encode", "action")]
+    # Three rounds of 6.95 G weights and two passes of a head of 0.64 G.
+    least = 3 * (6.946e9 * (0.5 + 3 / 128) + 2 * 0.638e9) / 4.25e9
+    assert least < floors["w4a8"]["decode"].ms < 1.25 * least
 
 
 def test_a_round_beats_as_many_tokens_one_by_one():
@@ -99,9 +118,9 @@ def test_passes_by_hand():
     # Two images of 16 patches: 3 blocks of 32 x (4 x 32 + 2 x 40), patches of 3 x 2 x 16 x 16 values; every patch
     # attends to 16; three mergers of 128 x (128 + 32) on a quarter of the rows.
     blocks, seen, mergers = vision_pass(config.vision, (16, 16), item_bytes=4)
-    assert blocks == Operator(4 * (19_968 + 49_152), 2 * 32 * 69_120)
+    assert blocks == Operator(4 * (19_968 + 49_152), 2 * 32 * 69_120, stage="vision")
     assert seen == Operator(0, 4 * 2 * 256 * 32 * 3)
-    assert mergers == Operator(4 * 61_440, 2 * 8 * 61_440)
+    assert mergers == Operator(4 * 61_440, 2 * 8 * 61_440, stage="vision")
 
 
 def test_samples_share_weights_and_prefix():

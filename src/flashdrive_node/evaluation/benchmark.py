@@ -150,7 +150,12 @@ def measure(
     configuration, device = CONFIGURATIONS[name], loaded.model.device
     work = window_workload(loaded, drive, configuration, procedure, settings.samples)
     floors = stage_floors(
-        loaded.model.config, work, loaded.model.dtype.itemsize, ceilings, drafter.config if drafter else None
+        loaded.model.config,
+        work,
+        loaded.model.dtype.itemsize,
+        ceilings,
+        drafter.config if drafter else None,
+        loaded.precision,
     )
     engine = make_engine(name, procedure, settings, loaded, drafter)
     try:

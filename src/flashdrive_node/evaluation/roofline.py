@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.model.config import AlpamayoConfig, DecoderConfig, VisionConfig
+from flashdrive_node.model.precision import FP8, FP8_STATIC, INT4, INT8, W4A8, W4A16, StagePrecision
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,29 @@ class Operator:
     #: Floating-point operations, a multiply-add being two.
     flops: float = 0.0
     upload: bool = False
+    #: Stage (of `StagePrecision`) whose format the weight is in, for products with weights that may be quantised.
+    stage: str = ""
+
+
+class FormatCost(NamedTuple):
+    """What a format changes of a product."""
+
+    #: Of an element of the weight, with scales.
+    bytes: float
+    #: How much faster matrix units multiply than in 16 bits, by the makers' figures since Ampere (fp8 since Ada).
+    speed: float
+
+
+_FOUR_BIT_BYTES = 0.5 + 3 / 128
+#: By the names of `StagePrecision`; bf16 stands for the type that the model is in.
+FORMAT_COSTS = {
+    FP8: FormatCost(1, 2),
+    FP8_STATIC: FormatCost(1, 2),
+    INT8: FormatCost(1, 1),
+    INT4: FormatCost(_FOUR_BIT_BYTES, 1),
+    W4A16: FormatCost(_FOUR_BIT_BYTES, 1),
+    W4A8: FormatCost(_FOUR_BIT_BYTES, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -87,35 +112,57 @@ class Workload:
 
 
 def stage_operators(
-    config: AlpamayoConfig, work: Workload, item_bytes: int, drafter: DrafterConfig | None = None
+    config: AlpamayoConfig,
+    work: Workload,
+    item_bytes: int,
+    drafter: DrafterConfig | None = None,
+    precision: StagePrecision | None = None,
 ) -> dict[str, list[Operator]]:
     """Operators of every stage of a window, under the engine's names of the stages.
 
     Args:
         config: Architecture of the model.
         work: The window.
-        item_bytes: Of a weight, and of a key's or value's element.
+        item_bytes: Of a weight that is not quantised, and of a key's or value's element.
         drafter: Needed for a window with speculative rounds.
+        precision: Formats of the weights; by default none is quantised.
     """
     decode = _decode(config, work, item_bytes)
     if work.rounds is not None:
         if drafter is None:
             raise ValueError("a drafter is required for speculative rounds, found none")
         decode = _speculate(config, work, item_bytes, drafter) * work.rounds
-    return {
+    stages = {
         "images": [Operator(work.frame_bytes, upload=True)],
         "encode": vision_pass(config.vision, work.patches, item_bytes),
         "prefill": [*_prefill(config, work, item_bytes), _head(config, 1, item_bytes)],
         "decode": decode,
         "action": _flow_evaluation(config, work, item_bytes) * work.evaluations,
     }
+    formats = (precision or StagePrecision()).as_dict()
+    return {name: [_in_format(o, formats.get(o.stage), item_bytes) for o in found] for name, found in stages.items()}
+
+
+def _in_format(operator: Operator, kind: str | None, item_bytes: int) -> Operator:
+    cost = FORMAT_COSTS.get(kind or "")
+    if cost is None:
+        return operator
+    return replace(operator, bytes=operator.bytes / item_bytes * cost.bytes, flops=operator.flops / cost.speed)
 
 
 def stage_floors(
-    config: AlpamayoConfig, work: Workload, item_bytes: int, ceilings: Ceilings, drafter: DrafterConfig | None = None
+    config: AlpamayoConfig,
+    work: Workload,
+    item_bytes: int,
+    ceilings: Ceilings,
+    drafter: DrafterConfig | None = None,
+    precision: StagePrecision | None = None,
 ) -> dict[str, Floor]:
-    """Floors of all stages and their sum, "total"; arguments as in `stage_operators`."""
-    stages = stage_operators(config, work, item_bytes, drafter)
+    """Floors of all stages and their sum, "total"; arguments as in `stage_operators`.
+
+    Operations of formats with faster matrix units count as fewer.
+    """
+    stages = stage_operators(config, work, item_bytes, drafter, precision)
     floors = {name: Floor.of(operators, ceilings) for name, operators in stages.items()}
     return {**floors, "total": Floor.of([o for operators in stages.values() for o in operators], ceilings)}
 
@@ -126,7 +173,9 @@ def decoder_weights(config: DecoderConfig) -> int:
     return config.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
 
 
-def decoder_pass(config: DecoderConfig, tokens: int, pairs: int, slots: int, item_bytes: int) -> list[Operator]:
+def decoder_pass(
+    config: DecoderConfig, tokens: int, pairs: int, slots: int, item_bytes: int, stage: str = ""
+) -> list[Operator]:
     """Tokens through a decoder stack over a cache.
 
     Args:
@@ -135,11 +184,12 @@ def decoder_pass(config: DecoderConfig, tokens: int, pairs: int, slots: int, ite
         pairs: Of a token and a slot that it sees.
         slots: Of the cache that are read or written, each once.
         item_bytes: Of a weight, key or value.
+        stage: See `Operator`.
     """
     weights = decoder_weights(config)
     cached = 2 * slots * config.kv_size * config.num_layers
     return [
-        Operator(weights * item_bytes, 2.0 * tokens * weights),
+        Operator(weights * item_bytes, 2.0 * tokens * weights, stage=stage),
         Operator(cached * item_bytes, 4.0 * pairs * config.q_size * config.num_layers),
     ]
 
@@ -154,9 +204,9 @@ def vision_pass(config: VisionConfig, patches: Sequence[int], item_bytes: int) -
     merged = rows // config.spatial_merge_size**2
     pairs = sum(n * n for n in patches)
     return [
-        Operator((blocks + embed) * item_bytes, 2.0 * rows * (blocks + embed)),
+        Operator((blocks + embed) * item_bytes, 2.0 * rows * (blocks + embed), stage="vision"),
         Operator(0, 4.0 * pairs * hidden * config.depth),
-        Operator(mergers * item_bytes, 2.0 * merged * mergers),
+        Operator(mergers * item_bytes, 2.0 * merged * mergers, stage="vision"),
     ]
 
 
@@ -168,21 +218,22 @@ def _prefill(config: AlpamayoConfig, work: Workload, item_bytes: int) -> list[Op
     _, attention = decoder_pass(text, tokens, work.prefill_pairs, work.prompt_tokens, item_bytes)
     last = attention.flops / text.num_layers * (1 - 1 / tokens)
     return [
-        Operator(weights * item_bytes, 2.0 * (tokens * weights - (tokens - 1) * behind)),
+        Operator(weights * item_bytes, 2.0 * (tokens * weights - (tokens - 1) * behind), stage="prefill"),
         replace(attention, flops=attention.flops - last),
     ]
 
 
 def _head(config: AlpamayoConfig, rows: int, item_bytes: int) -> Operator:
     weights = config.tokens.vocab_size * config.text.hidden_size
-    return Operator(weights * item_bytes, 2.0 * rows * weights)
+    return Operator(weights * item_bytes, 2.0 * rows * weights, stage="lm_head")
 
 
 def _decode(config: AlpamayoConfig, work: Workload, item_bytes: int) -> list[Operator]:
     """One token of every sample per pass; the stop token runs as well, but needs no logits."""
     n, operators = work.samples, []
     for i in range(1, work.tokens + 1):
-        operators += decoder_pass(config.text, n, n * (work.prompt_tokens + i), work.prompt_tokens + n * i, item_bytes)
+        seen, slots = n * (work.prompt_tokens + i), work.prompt_tokens + n * i
+        operators += decoder_pass(config.text, n, seen, slots, item_bytes, "decode")
     return operators + [_head(config, n, item_bytes)] * (work.tokens - 1)
 
 
@@ -194,8 +245,8 @@ def _speculate(config: AlpamayoConfig, work: Workload, item_bytes: int, drafter:
     fc = drafter.context_size * guess.hidden_size
     verified = n * block
     return [
-        Operator(fc * item_bytes, 2.0 * n * drafter.context_length * fc),
-        *decoder_pass(guess, n * block, n * block * context, 0, item_bytes),
+        Operator(fc * item_bytes, 2.0 * n * drafter.context_length * fc, stage="drafter"),
+        *decoder_pass(guess, n * block, n * block * context, 0, item_bytes, "drafter"),
         _head(config, n * (block - 1), item_bytes),
         *decoder_pass(
             config.text,
@@ -203,6 +254,7 @@ def _speculate(config: AlpamayoConfig, work: Workload, item_bytes: int, drafter:
             verified * (work.prompt_tokens + work.tokens),
             work.prompt_tokens + n * work.tokens,
             item_bytes,
+            "decode",
         ),
         _head(config, verified, item_bytes),
     ]
@@ -212,7 +264,7 @@ def _flow_evaluation(config: AlpamayoConfig, work: Workload, item_bytes: int) ->
     rows = work.samples * config.action_space.n_waypoints
     seen = work.prompt_tokens + work.tokens + config.action_space.n_waypoints
     slots = work.prompt_tokens + work.samples * work.tokens
-    return decoder_pass(config.expert, rows, rows * seen, slots, item_bytes)
+    return decoder_pass(config.expert, rows, rows * seen, slots, item_bytes, "expert")
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
