@@ -23,10 +23,10 @@ from flashdrive_node.model.paroquant import ParoLinear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.training import quantisation
 from flashdrive_node.training.architecture import alpamayo_small
+from flashdrive_node.training.head_check import check_head
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
 from flashdrive_node.training.quantisation import (
     QuantisationReport,
-    check_head,
     quantisable,
     quantise_checkpoint,
     static_layers,

@@ -23,20 +23,18 @@ from flashdrive_node.evaluation.clip import ClipSource
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.int4 import Int4Weight
-from flashdrive_node.model.int4_linear import Int4Linear
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.paro_layouts import GROUP_SIZE
 from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.model.precision import BF16, FP8_STATIC, INT4, INT8, StagePrecision
 from flashdrive_node.model.quantised_writer import save_quantised
+from flashdrive_node.training.head_check import HEAD, HeadCheck, check_head
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
 from flashdrive_node.training.rotation_fit import Fit, FitSettings, fit
 
 logger = logging.getLogger(__name__)
 
-_TEXT_LAYERS, _HEAD = "language.layers.", "language.lm_head"
-#: States that the head is checked with at once.
-_HEAD_ROWS = 256
+_TEXT_LAYERS = "language.layers."
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,6 @@ class LayerError:
     rotated_error: float
     #: Of rounding to the nearest without scales and rotation.
     nearest_error: float
-
-
-@dataclass(frozen=True)
-class HeadCheck:
-    """The output head in 4 bits against the original: the likeliest token behind every token of the windows' texts."""
-
-    tokens: int
-    changed: int
-    #: Whether 4 bits were kept; else the head has 8.
-    kept: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ def quantise_checkpoint(
     fitting, left_out = quantisable(loaded.model)
     names = fitting if stages.four_bits else []
     static = static_layers(loaded.model, stages)
-    wanted = [*names, *static, *([_HEAD] if stages.lm_head == INT4 else [])]
+    wanted = [*names, *static, *([HEAD] if stages.lm_head == INT4 else [])]
     if not wanted or (stages.four_bits and not names):
         raise InputError(
             f"a precision that needs a calibration (4 bits or {FP8_STATIC}) and a model with layers of "
@@ -158,29 +146,6 @@ def static_layers(model: Alpamayo, stages: StagePrecision) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and stages.format_of(name) == FP8_STATIC
     ]
-
-
-@torch.no_grad()
-def check_head(model: Alpamayo, met: LayerInputs) -> HeadCheck:
-    """Whether greedy texts stay what they are with the head in 4 bits.
-
-    They do if no state that the head met has another likeliest token, because each text is then the same token by
-    token. Trajectory tokens, which are never generated, do not count.
-
-    Args:
-        model: With a plain head.
-        met: With rows of the head's inputs.
-    """
-    rows = torch.cat((met.fit[_HEAD], met.held_out[_HEAD])).to(model.device, model.dtype)
-    tokens = model.config.tokens
-    head = model.language.lm_head
-    small, changed = Int4Linear(head), 0
-    for part in rows.split(_HEAD_ROWS):
-        exact, found = (module(part).float() for module in (head, small))
-        for logits in (exact, found):
-            logits[:, tokens.traj_token_start : tokens.traj_token_start + tokens.traj_vocab_size] = -torch.inf
-        changed += int((exact.argmax(dim=-1) != found.argmax(dim=-1)).sum())
-    return HeadCheck(len(rows), changed, kept=changed == 0)
 
 
 def quantisable(model: Alpamayo) -> tuple[list[str], list[str]]:
