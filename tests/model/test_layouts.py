@@ -166,6 +166,18 @@ def test_mixed_layouts(checkpoint: Path, tmp_path: Path) -> None:
         load_alpamayo(copy, dtype=torch.float32, hash_files=False)
 
 
+def test_factor_of_the_scales_with_a_dimension(checkpoint: Path, tmp_path: Path) -> None:
+    def with_one(weight: ParoWeight) -> dict[str, torch.Tensor]:
+        return {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in marlin_tensors(weight).items()}
+
+    copies = [
+        republished(checkpoint, tmp_path / "a", marlin_tensors),
+        republished(checkpoint, tmp_path / "b", with_one),
+    ]
+    one, two = (load_alpamayo(copy, dtype=torch.float32, hash_files=False).model for copy in copies)
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), two.buffers(), strict=True))
+
+
 def test_missing_scale_of_a_marlin_matrix(checkpoint: Path, tmp_path: Path) -> None:
     def without(weight: ParoWeight) -> dict[str, torch.Tensor]:
         tensors = marlin_tensors(weight)

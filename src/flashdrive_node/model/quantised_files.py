@@ -62,8 +62,16 @@ class StoredMatrix:
         rows, columns = self.slot.shape
         place = f"{self.module}.row_{self.slot.row}"
         tensors = rotation_tensors(columns) | self.layout.tensors(rows, columns)
+        # A single number may be stored with or without a dimension.
+        single = ((), (1,))
         return {
-            name: TensorSlot(f"{self.stem}.{self.naming.of(name)}", shape, f"{place}.{name}", types=(dtype,))
+            name: TensorSlot(
+                f"{self.stem}.{self.naming.of(name)}",
+                shape,
+                f"{place}.{name}",
+                types=(dtype,),
+                other_shapes=single if shape in single else (),
+            )
             for name, (dtype, shape) in tensors.items()
         }
 
