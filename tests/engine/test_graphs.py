@@ -14,7 +14,7 @@ import torch
 
 from flashdrive_node.engine import streaming
 from flashdrive_node.engine.drafter import Drafter
-from flashdrive_node.engine.drafter_config import DrafterConfig
+from flashdrive_node.engine.drafter_config import PARTS, DrafterConfig, Rotary, rotary_sections
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction
@@ -54,19 +54,23 @@ def exact() -> LoadedModel:
     return engine.loaded
 
 
-def drafter(loaded: LoadedModel) -> Drafter:
+def drafter(loaded: LoadedModel, rotary: Rotary | None) -> Drafter:
+    """A random one: routine with these positions, or DFlash."""
     text = loaded.model.config.text
-    config = replace(text, num_layers=1, mrope_section=(text.head_dim // 2, 0, 0))
-    drafter = Drafter(DrafterConfig(config, (1, 3), 6, 2, 9999))
+    decoder = replace(text, num_layers=1, mrope_section=rotary_sections(rotary or "local", text))
+    config = DrafterConfig(decoder, (1, 3), 6, 2, 9999)
+    drafter = Drafter(config if rotary is None else replace(config, rotary=rotary, parts=PARTS))
     generator = torch.Generator().manual_seed(0)
     for parameter in (*drafter.parameters(), drafter.mask_embedding):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
     return drafter.requires_grad_(False).eval().to(loaded.model.device, loaded.model.dtype)
 
 
-def engine(loaded: LoadedModel, drafted: bool = True, mode: str = "kv", **changes) -> StreamingEngine:
+def engine(
+    loaded: LoadedModel, drafted: bool = True, mode: str = "kv", rotary: Rotary | None = None, **changes
+) -> StreamingEngine:
     settings = replace(SETTINGS, stream=StreamSettings(mode), **changes)  # type: ignore[arg-type]
-    return StreamingEngine(settings, loaded, drafter(loaded) if drafted else None)
+    return StreamingEngine(settings, loaded, drafter(loaded, rotary) if drafted else None)
 
 
 def window(index: int, nav_text: str | None = None) -> Observation:
@@ -92,6 +96,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"mode": "kv", "drafted": False},
     {"mode": "features", "guidance_weight": 1.5},
     {"mode": "full", "samples": 3},
+    {"rotary": "flat"},
+    {"rotary": "mrope", "samples": 2, "draft_confidence": 1e-6},
+    {"rotary": "local", "mode": "features", "draft_confidence": 0.9},
 ]
 
 #: Steady driving, with what comes in between: navigation text of two lengths, a missed tick, a repetition, and a gap.
@@ -152,7 +159,7 @@ class FakeEvent:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="imitates on a CPU what a GPU does")
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:3], OPTIONS[-2]], ids=str)
 def test_stages_read_from_buffers_that_stay_in_place(loaded, options, monkeypatch):
     plain = engine(loaded, graphs=False, **options)
     expected = [plain.step(w) for w in DRIVE]

@@ -175,9 +175,12 @@ class TextDecoder:
             surest = max(self._sure_back.wait()[running].tolist())
             size = next(size for size in skip.sizes if size > surest or size == self.size)
             self._draw_noise(self.rows * size, generator)
-            self.graphs.run((self, "check", size), lambda: self._check(size))
+            self._run_check(size)
         self._read_back.start(self._drawn)
         return size
+
+    def _run_check(self, size: int) -> None:
+        self.graphs.run((self, "check", size), lambda: self._check(size))
 
     def stretches(self, context: Context) -> tuple[tuple[int, ...], int]:
         """First slot of each text behind a prompt, and the first slot behind all texts."""
@@ -320,6 +323,9 @@ class TextDecoder:
         """Run what few texts need, so that it is captured: call twice behind a text."""
         self._tail.zero_()
         self.graphs.run((self, "tail"), self._run_tail)
+        if self.draft is not None and self.draft.skip is not None:
+            for size in self.draft.skip.sizes:
+                self._run_check(size)
 
     def _run_tail(self) -> None:
         """Put one more token of each text into the cache."""
