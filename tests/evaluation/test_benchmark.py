@@ -209,9 +209,16 @@ def test_percentiles():
         (["x", "--tokens", "1", "--runs", "0"], "tokens must be at least 2, found 1; runs must be at least 1, found 0"),
         (["x", "--accept-length", "nan"], "accept_length must be at least 1, found nan"),
         (["x", "--accept-length", "0.9"], "accept_length must be at least 1, found 0.9"),
+        (["x", "--precision", "w3"], "precision must be one of auto"),
         (["--redraw", "missing.json"], "No such file"),
     ],
 )
 def test_bad_requests_end_with_one_message(capsys, arguments, message):
     assert main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said(capsys):
+    assert main(["benchmark", "--dims", "10b", "--random-weights", "--device", "cuda"]) == 2
+    assert "--device cuda needs a CUDA device, found none" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from flashdrive_node.engine.drafter import Drafter, load_drafter
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
@@ -143,12 +145,15 @@ def _settings(args: argparse.Namespace) -> PlainSettings:
         raise InputError(f"--image-size must be HEIGHTxWIDTH, found {args.image_size!r}") from None
     for samples in args.samples:
         PlainSettings("", samples=samples)  # refused before anything is loaded
-    return PlainSettings(
+    settings = PlainSettings(
         checkpoint=str(args.checkpoint or args.load_from or args.dims),
         device=args.device,
         precision=args.precision,
         image_size=(height, width),
     )
+    if settings.torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device} needs a CUDA device, found none")
+    return settings
 
 
 def _write(report: Report, directory: Path) -> None:
