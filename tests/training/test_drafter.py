@@ -232,6 +232,20 @@ def test_learning_what_the_texts_are(policy, talker, drafter, tmp_path) -> None:
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000
 
 
+def test_a_routine_drafter_learns(policy, talker, tokenizer, observations) -> None:
+    shape = drafter_config(talker.config, 1, None, BLOCK, CONTEXT, rotary="flat", parts=PARTS)
+    drafter = new_drafter(shape, talker, 1)
+    recorder = TextRecorder(policy, shape.target_layer_ids, prompt_room(tokenizer, talker.config), shape.image_cells)
+    records = recorder.record(scenes_of(observations))
+    before = acceptance_of(drafter, recorder, records).accept_length.mean
+    settings = DrafterSettings(
+        minutes=5.0, steps=120, texts=3, held_out=3, batch=24, matrix_rate=2e-2, loss=BlockLoss(soft=0.0)
+    )
+    log = DrafterTrainer(recorder, drafter, settings).run([records], [records])
+    assert log.result["acceptance"]["drafter"]["accept_length"][0] > before + 0.5
+    assert log.training[-1]["loss"] < 0.5 * log.training[0]["loss"]
+
+
 def test_learning_repeats_itself(policy, talker) -> None:
     weights = []
     for _ in range(2):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.engine.protocol import Observation
@@ -43,13 +42,14 @@ def time_drafter(
     """
     engine = StreamingEngine(settings, loaded, drafter)
     ms, tokens, rounds = [], [], []
-    for number, window in enumerate(windows):
-        prediction = engine.step(window)
-        if number >= WARM_UP:
-            ms.append(prediction.timings_ms["decode"])
-            tokens.append(prediction.metrics["tokens"])
-            rounds.append(prediction.metrics.get("draft_rounds", tokens[-1]))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    try:
+        for number, window in enumerate(windows):
+            prediction = engine.step(window)
+            if number >= WARM_UP:
+                ms.append(prediction.timings_ms["decode"])
+                tokens.append(prediction.metrics["tokens"])
+                rounds.append(prediction.metrics.get("draft_rounds", tokens[-1]))
+    finally:
+        engine.close()
     gained = sum(tokens) - len(tokens)
     return DraftTiming(float(np.median(ms)), 1e3 * sum(tokens) / sum(ms), gained / sum(rounds), len(ms))

@@ -43,7 +43,8 @@ class Blocks:
     hidden: Tensor
     #: Tokens in front of the known one in its text, int64 [M].
     place: Tensor
-    #: What a routine drafter is shown of the prompts that they are of, and which of these each block is of, int64 [M].
+    #: What a routine drafter is shown of the prompts that they are of, and which of these each block is of, int64 [M];
+    #: without a view the row of the records.
     view: PromptView | None
     prompt: Tensor
 
@@ -59,19 +60,22 @@ def cut(
 ) -> Blocks:
     """Blocks at these anchors: int64 [M, 2]. A routine drafter's have their prompts with them."""
     row, place = chosen.unbind(1)
-    prompts, prompt = row.unique(return_inverse=True)
     device = chosen.device
     longest = records.tokens.shape[1]
     behind = place[:, None] + torch.arange(1, block_size, device=device)
     inside = behind < longest
     behind = behind.clamp(max=longest - 1)
+    view, prompt = None, row
+    if views is not None:
+        rows, prompt = row.unique(return_inverse=True)
+        view = views.view(rows)
     return Blocks(
         records.tokens[row, place],
         last_states(records, row, place, context_length),
         torch.where(inside, records.tokens[row[:, None], behind], -1),
         records.hidden[row[:, None], behind],
         place,
-        None if views is None else views.view(prompts),
+        view,
         prompt,
     )
 
