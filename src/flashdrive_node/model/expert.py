@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,14 @@ class ActionInProj(nn.Module):
 
         A schedule's times are known before it runs, so this needs to be computed only once.
         """
-        features, first = self._fourier(t[:, None], self.frequencies[-1:]), self.linears[0]
+        features, first = self._fourier(t[:, None], self.frequencies[-1:]), cast(nn.Linear, self.linears[0])
         return linear(features, first.weight[:, -features.shape[1] :], first.bias)
 
     def embed(self, x: Tensor, time_part: Tensor) -> Tensor:
         """Noisy actions [N, channels] and the `time_part` of their times, [N or 1, hidden] -> [N, out_size]."""
         features = self._fourier(x, self.frequencies[:-1])
-        y = linear(features, self.linears[0].weight[:, : features.shape[1]]) + time_part
+        first = cast(nn.Linear, self.linears[0])
+        y = linear(features, first.weight[:, : features.shape[1]]) + time_part
         for norm, dense in zip(self.norms, self.linears[1:], strict=True):
             y = dense(norm(silu(y)))
         return self.out_norm(y)

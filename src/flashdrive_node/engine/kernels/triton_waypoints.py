@@ -8,12 +8,15 @@ The norm in front of a layer is part of it: its scale of a row comes out of the 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.triton_vision import layer_norm
+from flashdrive_node.model.decoder import RMSNorm
 from flashdrive_node.model.expert import ActionInProj
 
 #: Rows and outputs of a tile, and columns per step.
@@ -22,7 +25,7 @@ _ROWS, _COLUMNS, _BLOCK = 16, 32, 64
 
 def embed_waypoints(x: Tensor, time_part: Tensor, projection: ActionInProj, dtype: torch.dtype) -> Tensor:
     """See `waypoints.embed_waypoints`."""
-    first, *others = projection.linears
+    first, *others = (cast(nn.Linear, layer) for layer in projection.linears)
     count, channels = x.shape
     y = torch.empty(count, len(first.weight), device=x.device)
     _features[_grid(y)](
@@ -40,7 +43,7 @@ def embed_waypoints(x: Tensor, time_part: Tensor, projection: ActionInProj, dtyp
         COLUMNS=_COLUMNS,
         num_warps=4,
     )
-    for norm, layer in zip(projection.norms, others, strict=True):
+    for norm, layer in zip((cast(RMSNorm, norm) for norm in projection.norms), others, strict=True):
         out = torch.empty(count, len(layer.weight), device=x.device)
         _normed_linear[_grid(out)](
             y,
