@@ -66,12 +66,12 @@ plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True
 check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
 check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
-for capability in (80, 90, 120):
+for capability in (80, 90):
     for x, scaled in (("*i8", True), ("*bf16", False)):
         types = x + " *fp32 *fp32 *u8 *fp16 *u8 *fp32 i32 i32 i32"
         tokens = {"SCALED": scaled, "ASSEMBLY": True, "TOKENS": 16, "HALF": 64}
         check(triton_int4_linear._int4_linear, types, capability, **tokens, **tiles)
-for capability, types in ((80, "*bf16 *i8"), (90, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv"), (90, "*fp8e4nv *fp8e4nv")):
+for capability, types in ((80, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv")):
     given = types + " *fp32 *fp32 *fp32 i32 i32 i32"
     check(triton_byte_linear._byte_linear, given, capability, SCALED=True, COUNT=16, BLOCK=128, **tiles)
 """
