@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from support.processes import end_started
 
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# How long an example takes says nothing about it where two test processes share two cores.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 #: Folders of tests that start processes: one after the other, whatever runs beside them.
 ONE_AT_A_TIME = {"packaging", "replay", "ros"}
