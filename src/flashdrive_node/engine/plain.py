@@ -6,24 +6,19 @@ This is the model's own computation with nothing approximated: the baseline that
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from flashdrive_node.engine.observations import camera_layout, ego_history, grey_window
 from flashdrive_node.engine.precision import automatic
+from flashdrive_node.engine.prediction import Departure, Reasoning, medoid, trajectory_samples
 from flashdrive_node.engine.protocol import (
-    CameraFrames,
     EngineError,
     EngineInfo,
     Observation,
     Prediction,
     Progress,
-    ReasoningToken,
-    TrajectorySample,
 )
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.engine.stage_timer import StageTimer
@@ -40,31 +35,9 @@ from flashdrive_node.model.precision import StagePrecision
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history, question_prompt, without_navigation
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.model.source import resolve_source
-from flashdrive_node.model.tokenizer import AlpamayoTokenizer, extract_text
+from flashdrive_node.model.tokenizer import extract_text
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """The texts of one window, a row per sample."""
-
-    text: Generated
-    #: Figures for the prediction.
-    metrics: dict[str, float] = field(default_factory=dict)
-    #: Which tokens of each row a drafter guessed right; empty without a drafter.
-    routine: tuple[tuple[bool, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Departure:
-    """What a window's paths start from."""
-
-    #: Starting points of the flow, float32 [samples, waypoints, 2] on the model's device.
-    noise: Tensor
-    #: At t0, m/s, and height in metres.
-    speed: float
-    z: float
 
 
 class PlainEngine:
@@ -136,21 +109,7 @@ class PlainEngine:
         self.step(self._grey_window(window))
 
     def _grey_window(self, window: int) -> Observation:
-        s, model = self.settings, self._model()
-        picture = np.full((*s.image_size, 3), 127, np.uint8)
-        poses = model.config.history_poses
-        xyz = np.zeros((poses, 3), np.float32)
-        xyz[:, 0] = np.arange(1 - poses, 1) * model.config.action_space.dt
-        nav = "Continue straight" if model.config.supports_navigation and s.guidance_weight != 1 else None
-        stamps = tuple(range(window, window + s.frames))
-        return Observation(
-            window_id=-1,
-            t0_ns=0,
-            cameras=tuple(CameraFrames(camera, stamps, (picture,) * s.frames) for camera in s.cameras),
-            ego_history_xyz=xyz,
-            ego_history_rot=np.tile(np.eye(3, dtype=np.float32), (poses, 1, 1)),
-            nav_text=nav,
-        )
+        return grey_window(self.settings, self._model().config, window)
 
     @torch.inference_mode()
     def step(self, observation: Observation) -> Prediction:
@@ -178,7 +137,7 @@ class PlainEngine:
         sampling = sampling or SamplingSettings(max_length=256)
         try:
             pixels, grids = preprocess([c.images for c in observation.cameras], model.config, model.device, model.dtype)
-            indices, frames = _layout(observation)
+            indices, frames = camera_layout(observation)
             prompt = question_prompt(tokenizer, model.config, indices, frames, grids, question)
         except ModelError as error:
             raise EngineError(f"window {observation.window_id}: {error}") from error
@@ -227,22 +186,20 @@ class PlainEngine:
         history_xyz, history_rot = ego_history(observation)
         v0 = float(model.action_space.initial_speed(history_xyz, history_rot))
         thought = self._reason(context, logits, generator)
-        text = thought.text
         timer.lap("decode")
         departure = Departure(noise, v0, float(history_xyz[-1, 2]))
         numbers, error = self._act(prompt, context, thought, departure, timer)
-        labels = thought.routine or ((),) * len(numbers)
-        samples = tuple(
-            _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped, _labelled(tokenizer, ids, routine))
-            for row, ids, stopped, routine in zip(numbers, text.rows(), text.stopped, labels, strict=True)
-        )
-        metrics = {"tokens": float(max(text.lengths)), "prompt_tokens": float(context.prefix), **thought.metrics}
+        metrics = {
+            "tokens": float(max(thought.text.lengths)),
+            "prompt_tokens": float(context.prefix),
+            **thought.metrics,
+        }
         if error is not None:
             metrics["flow_error"] = float(error.max())
         return Prediction(
             window_id=observation.window_id,
             t0_ns=observation.t0_ns,
-            samples=samples,
+            samples=trajectory_samples(numbers, thought, tokenizer),
             chosen=int(medoid(numbers[..., :2])),
             initial_speed=v0,
             timings_ms=timer.finish(),
@@ -312,7 +269,7 @@ class PlainEngine:
         prompt = driving_prompt(
             self.loaded.tokenizer,
             model.config,
-            *_layout(observation),
+            *camera_layout(observation),
             grids,
             observation.nav_text,
         )
@@ -344,47 +301,6 @@ class PlainEngine:
         )
         inference.repeat_text(model, second, text)
         return second
-
-
-def ego_history(observation: Observation) -> tuple[Tensor, Tensor]:
-    """Ego positions and rotations, on the host."""
-    return torch.from_numpy(observation.ego_history_xyz), torch.from_numpy(observation.ego_history_rot)
-
-
-def _layout(observation: Observation) -> tuple[list[int], int]:
-    """Camera indices, and frames of each."""
-    return [camera.camera_index for camera in observation.cameras], len(observation.cameras[0].images)
-
-
-def _sample(
-    numbers: np.ndarray, reasoning: str, complete: bool, tokens: tuple[ReasoningToken, ...]
-) -> TrajectorySample:
-    xyz, yaw, speed, acceleration, curvature = np.split(numbers, (3, 4, 5, 6), axis=-1)
-    columns = (yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0])
-    return TrajectorySample(xyz, *columns, reasoning, complete, tokens)
-
-
-def _labelled(
-    tokenizer: AlpamayoTokenizer, ids: Sequence[int], routine: tuple[bool, ...]
-) -> tuple[ReasoningToken, ...]:
-    if not routine:
-        return ()
-    return tuple(ReasoningToken(tokenizer.decode([i]), guessed) for i, guessed in zip(ids, routine, strict=True))
-
-
-def medoid(points: Tensor) -> Tensor:
-    """The sample nearest to all others on average, which is the one to drive.
-
-    Args:
-        points: [..., samples, waypoints, 2]. A sample that is not finite is never nearest.
-
-    Returns:
-        Index of the sample, int64 [...].
-    """
-    finite = points.isfinite().flatten(-2).all(dim=-1)
-    distance = (points.unsqueeze(-3) - points.unsqueeze(-4)).norm(dim=-1).mean(dim=-1)  # [..., samples, samples]
-    total = distance.where(finite.unsqueeze(-2), 0.0).sum(dim=-1)
-    return total.where(finite, math.inf).argmin(dim=-1)
 
 
 def _precision_name(loaded: LoadedModel) -> str:

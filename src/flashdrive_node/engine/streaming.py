@@ -22,7 +22,9 @@ from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.guidance import UnguidedContext
 from flashdrive_node.engine.image_encoder import ImageEncoder
 from flashdrive_node.engine.novelty import Novelty
-from flashdrive_node.engine.plain import Departure, PlainEngine, Reasoning, ego_history
+from flashdrive_node.engine.observations import ego_history
+from flashdrive_node.engine.plain import PlainEngine
+from flashdrive_node.engine.prediction import Departure, Reasoning
 from flashdrive_node.engine.prompt_reader import PromptReader
 from flashdrive_node.engine.prompt_slots import prompt_room, tapped_tokens
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress

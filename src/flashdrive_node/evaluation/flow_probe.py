@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.engine.flow_schedule import FlowSchedule, integrate
-from flashdrive_node.engine.plain import ego_history
+from flashdrive_node.engine.observations import ego_history
 from flashdrive_node.engine.protocol import Observation
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.model import inference

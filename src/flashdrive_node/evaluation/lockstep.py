@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashdrive_node.engine.batched_policy import Plan, StreamingPolicy
-from flashdrive_node.engine.plain import medoid
+from flashdrive_node.engine.prediction import medoid
 from flashdrive_node.engine.protocol import Observation, Prediction, TrajectorySample
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashdrive_node.bundled import BUNDLED, bundled_checkpoint
 from flashdrive_node.engine.batched_policy import BatchedPolicy, Plan, StreamingPolicy
-from flashdrive_node.engine.plain import medoid
+from flashdrive_node.engine.prediction import medoid
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.evaluation.closed_loop import Observation
 from flashdrive_node.evaluation.history_baseline import FILE_NAME as HISTORY_FILE
