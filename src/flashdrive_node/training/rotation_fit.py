@@ -91,7 +91,7 @@ def fit(
         inputs: What the layer met, [rows, K].
         held_out: The same of other windows, for the errors.
         settings: How to learn.
-        progress: Called with the step and its relative error.
+        progress: Called with the step, in each of the two stages from 0, and its relative error.
 
     Returns:
         The best of what was met, by the error on inputs that were not learned from; plain rounding to the nearest is
