@@ -54,8 +54,10 @@ def test_the_reference_has_the_bits_of_the_plain_path():
     """The engine on a CPU goes through the kernels' reference and must equal the model's own attention."""
     q, k, v = torch.randn(5, 4, 16), torch.randn(2, 30, 16), torch.randn(2, 30, 16)
     visible = up_to(torch.arange(8, 13))
-    mask = group_mask(visible.mask(30), 2, q.dtype)
-    assert torch.equal(attend_visible(q, k, v, visible), attend(q, k, v, mask))
+    mask = group_mask(visible.mask(12), 2, q.dtype)
+    assert torch.equal(attend_visible(q, k, v, visible), attend(q, k[:, :12], v[:, :12], mask))
+    assert torch.equal(attend_visible(q, k, v, up_to(torch.full((5,), 9))), attend(q, k[:, :9], v[:, :9]))
+    assert torch.equal(attend_visible(q, k, v, up_to(torch.zeros(5, dtype=torch.int64))), torch.zeros(5, 64))
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,25 @@ class Visible:
         slot = torch.arange(slots, device=self.limits.device)
         within = (slot >= self.spans[..., :1]) & (slot < self.spans[..., 1:])  # [T, n, slots]
         return (slot < self.limits[:, None]) | within.any(dim=1)
+
+    @cached_property
+    def seen(self) -> Seen:
+        """On a CPU, where it is read once for all layers: the mask of the slots up to the last that any query sees."""
+        end = max((int(edges.max()) for edges in (self.limits, self.spans[..., 1]) if edges.numel()), default=0)
+        mask = self.mask(end)
+        hidden = ~mask.any(dim=0)[:, None]
+        return Seen(mask, hidden if bool(hidden.any()) else None, end > 0 and bool(mask.all()))
+
+
+class Seen(NamedTuple):
+    """What queries see of the first slots of a cache."""
+
+    #: bool [T, slots].
+    mask: Tensor
+    #: Slots that none sees, bool [slots, 1]; None where there is no such slot.
+    hidden: Tensor | None
+    #: Whether every query sees every slot.
+    whole: bool
 
 
 def up_to(limits: Tensor) -> Visible:
