@@ -41,3 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_process_outlives_its_test() -> Iterator[None]:
     yield
     end_started()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the node's process: how a sum is split among threads changes its rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

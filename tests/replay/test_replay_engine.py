@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.evaluation.replay_report import read_outputs
@@ -18,33 +17,11 @@ from flashdrive_node.runtime.ego_history import EgoHistory, EgoWindow
 from flashdrive_node.runtime.observation import OdometrySample, RawImage
 from flashdrive_node.runtime.rig import Rig
 from support.commands import run
+from support.recorded_network import RECORDED_NETWORK
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(240)]
 
-CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
-#: Greedy, because the recorded network ends its own sentence; bounds that only what is broken exceeds.
-COMMON = {
-    "checkpoint": str(CHECKPOINT),
-    "device": "cpu",
-    "precision": "float32",
-    "num_samples": 2,
-    "top_k": 1,
-    "max_generation_length": 16,
-    "require_complete_reasoning": False,
-    "max_result_age_s": 60.0,
-    "max_acceleration": 20.0,
-    "max_curvature": 2.0,
-    "seed": 5,
-}
-
-
-@pytest.fixture
-def one_thread():
-    """As in the node's process: how a sum is split among threads changes its rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+COMMON = RECORDED_NETWORK | {"num_samples": 2}
 
 
 def read_sensors(drive: Path, rig: Rig) -> tuple[dict[tuple[str, int], RawImage], list[OdometrySample]]:

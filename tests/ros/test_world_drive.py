@@ -18,34 +18,11 @@ from flashdrive_node.runtime.rig import load_rig
 from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.scenario import sample_scenes
 from support.node_process import Bench, wait_until
+from support.recorded_network import RECORDED_NETWORK
 from support.vehicle import Camera, write_rig
 from support.world_drives import SLOW_SCENE, begin, driving_node, real_time, world
 
 pytestmark = [pytest.mark.ros, pytest.mark.timeout(240)]
-
-CHECKPOINT = Path(__file__).parents[1] / "data" / "oracle_small" / "checkpoint"
-#: Greedy, because the recorded network ends its own sentence; bounds that only what is broken exceeds.
-NETWORKS = {
-    "checkpoint": str(CHECKPOINT),
-    "device": "cpu",
-    "precision": "float32",
-    "top_k": 1,
-    "max_generation_length": 16,
-    "require_complete_reasoning": False,
-    "max_result_age_s": 60.0,
-    "max_acceleration": 20.0,
-    "max_curvature": 2.0,
-    "seed": 5,
-}
-
-
-@pytest.fixture
-def one_thread():
-    """As in the node's process: how a sum is split among threads changes its rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -75,8 +52,8 @@ def observation(loop: ClosedLoop, indices: list[int], number: int) -> Observatio
     ("values", "steps"),
     [
         ({"engine": "fake", "fake.latency_s": 0.0}, 25),
-        (NETWORKS | {"engine": "plain", "flow_steps": 4}, 3),
-        (NETWORKS | {"engine": "streaming", "stream_mode": "kv", "flow_schedule": "8:0,1,2,7"}, 4),
+        (RECORDED_NETWORK | {"engine": "plain", "flow_steps": 4}, 3),
+        (RECORDED_NETWORK | {"engine": "streaming", "stream_mode": "kv", "flow_schedule": "8:0,1,2,7"}, 4),
     ],
     ids=["fake", "plain", "streaming"],
 )
