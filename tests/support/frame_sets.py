@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ INTERVAL_NS = 100_000_000
 TOLERANCE_NS = 50_000_000
 #: Time that a published frame may take until the node has it.
 TRANSPORT_S = 0.06
+#: A set that is complete less than this before the last frame of the window that was answered: both came in one burst
+#: behind a pause of the machine, and the newest is what counts.
+ROOM_S = 0.05
 #: A window that is answered later than this after its last frame was published: the node got no processor in time, and
 #: goes on with what is newest by then.
 STARVED_S = 0.08
@@ -78,7 +82,7 @@ def missed_windows(windows: list[Window], cameras: Mapping[str, Camera], referen
 
     A stamp counts where every camera delivered, in order, a frame within the tolerance of each nominal time. Cameras
     faster than the windows give the node two further frames of patience: it may wait for a nearer one. Not judged are
-    stamps beside a window that was answered too late.
+    stamps beside a window that was answered too late, and stamps whose frames came in one burst with the next window's.
     """
     period_ns = 1e9 / cameras[reference].rate_hz
     waits = period_ns < 0.9 * INTERVAL_NS
@@ -92,7 +96,7 @@ def missed_windows(windows: list[Window], cameras: Mapping[str, Camera], referen
         if not late & {before.t0_ns, after.t0_ns}
         for stamp in sorted(cameras[reference].delivered)
         if before.t0_ns + 0.9 * INTERVAL_NS <= stamp <= after.t0_ns - patience_ns
-        and all(_on_time(camera, stamp) for camera in cameras.values())
+        and _available_s(after, cameras) - _complete_s(stamp, cameras) >= ROOM_S
     ]
 
 
@@ -106,15 +110,19 @@ def _available_s(window: Window, cameras: Mapping[str, Camera]) -> float:
     )
 
 
-def _on_time(camera: Camera, t0_ns: int) -> bool:
-    used: set[int] = set()
-    for wanted in nominal_ns(t0_ns):
-        near = [f for f in camera.delivered.values() if abs(f.stamp_ns - wanted) <= TOLERANCE_NS]
-        frame = min(near, key=lambda f: abs(f.stamp_ns - wanted), default=None)
-        if frame is None or frame.stamp_ns in used or _late(frame, camera):
-            return False
-        used.add(frame.stamp_ns)
-    return True
+def _complete_s(t0_ns: int, cameras: Mapping[str, Camera]) -> float:
+    """When the last frame of the set for a stamp was published; infinite where a frame is missing or out of order."""
+    complete_s = 0.0
+    for camera in cameras.values():
+        used: set[int] = set()
+        for wanted in nominal_ns(t0_ns):
+            near = [f for f in camera.delivered.values() if abs(f.stamp_ns - wanted) <= TOLERANCE_NS]
+            frame = min(near, key=lambda f: abs(f.stamp_ns - wanted), default=None)
+            if frame is None or frame.stamp_ns in used or _late(frame, camera):
+                return math.inf
+            used.add(frame.stamp_ns)
+            complete_s = max(complete_s, frame.published_s)
+    return complete_s
 
 
 def _late(frame: Delivered, camera: Camera) -> bool:
