@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Beside processes that drive in real time, what computes takes the processor that they leave. It cannot be undone,
+    # and need not be: the processes' group is the largest, so it is handed out first.
+    if getattr(item.config.option, "loadgroup", False) and not item.nodeid.endswith("@processes"):
+        os.setpriority(os.PRIO_PROCESS, 0, 10)
+
+
 @pytest.fixture(autouse=True)
 def _no_process_outlives_its_test() -> Iterator[None]:
     yield

@@ -293,6 +293,10 @@ def kill_and_restart(scene: Scene) -> None:
     before = scene.windows()
     scene.node.start()
     scene.observer.wait(lambda: scene.windows() < before, 20.0, "diagnostics of the new process")
+    status = scene.observer.find("inference")
+    assert status is not None
+    assert status.values["last_reset"] == "activated", "the new process did not begin with its activation"
+    assert scene.resets() == 1, scene.observer.report()
 
 
 def activate_again(scene: Scene) -> None:
