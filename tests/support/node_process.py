@@ -66,6 +66,9 @@ class Bench:
 
     def __init__(self, domain_id: int, name: str = "bench"):
         self.domain_id = domain_id
+        # As camera drivers are to be started: in the default segment a killed reader's share of large pictures is missed.
+        profile = Path(__file__).parents[2] / "params" / "fastdds_shared_memory.xml"
+        os.environ.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
         self.context = Context()
         rclpy.init(context=self.context, domain_id=domain_id)
         self.node = Node(name, context=self.context, start_parameter_services=False, enable_rosout=False)
