@@ -66,7 +66,7 @@ class Bench:
 
     def __init__(self, domain_id: int, name: str = "bench"):
         self.domain_id = domain_id
-        # As camera drivers are to be started: in the default segment a killed reader's share of large pictures is missed.
+        # As camera drivers are to be started: a killed reader's share of large pictures exhausts the default segment.
         profile = Path(__file__).parents[2] / "params" / "fastdds_shared_memory.xml"
         os.environ.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile))
         self.context = Context()
