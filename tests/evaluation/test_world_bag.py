@@ -15,14 +15,8 @@ from rosbags.typesys import Stores, get_typestore
 from flashdrive_node.cli.main import main
 from flashdrive_node.evaluation import varied_scene
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
-from flashdrive_node.evaluation.bag_truth import (
-    TRUTH_TOPIC,
-    Truth,
-    compare,
-    label_of,
-    read_truth,
-    score_reasoning,
-)
+from flashdrive_node.evaluation.bag_truth import TRUTH_TOPIC, read_truth
+from flashdrive_node.evaluation.truth import Truth, compare, label_of, score_reasoning
 from flashdrive_node.evaluation.world_bag import (
     CAMERA_DELAY_NS,
     START_NS,

@@ -19,10 +19,11 @@ from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.engine.streaming import StreamingEngine
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
 from flashdrive_node.evaluation.bag_clips import BagClips
-from flashdrive_node.evaluation.bag_truth import compare, label_of, read_truth
+from flashdrive_node.evaluation.bag_truth import read_truth
 from flashdrive_node.evaluation.driven_route import DrivenRoute
 from flashdrive_node.evaluation.policies import history_file
 from flashdrive_node.evaluation.sabotage import BlankedEngine
+from flashdrive_node.evaluation.truth import compare, label_of
 from flashdrive_node.evaluation.world_bag import SceneChoice, truth
 from flashdrive_node.model.config import ALPAMAYO_1_5
 from flashdrive_node.model.errors import InputError

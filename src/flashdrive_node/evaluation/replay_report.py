@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashdrive_node.evaluation.bag_truth import ReasoningScore, read_truth, score_reasoning
+from flashdrive_node.evaluation.bag_truth import read_truth
 from flashdrive_node.evaluation.metrics import Percentiles
+from flashdrive_node.evaluation.truth import ReasoningScore, score_reasoning
 from flashdrive_node.runtime.bag import DIAGNOSTICS, messages, open_bag
 from flashdrive_node.runtime.rig import Rig
 

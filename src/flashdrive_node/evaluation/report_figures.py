@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from flashdrive_node.evaluation.bag_truth import Truth
 from flashdrive_node.evaluation.replay_report import DrivenPath, Outputs, ReplayReport
 from flashdrive_node.evaluation.strips import reasoning_strips, strip_colors
+from flashdrive_node.evaluation.truth import Truth
 
 _LEVEL_COLORS = {0: "#4a9d5b", 1: "#e0a030", 2: "#c63a3a", 3: "#8a8a8a"}
 _LEVEL_NAMES = {0: "OK", 1: "WARN", 2: "ERROR", 3: "STALE"}

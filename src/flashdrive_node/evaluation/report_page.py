@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdrive_node.evaluation import html
-from flashdrive_node.evaluation.bag_truth import ReasoningScore, read_truth
+from flashdrive_node.evaluation.bag_truth import read_truth
 from flashdrive_node.evaluation.metrics import Percentiles
 from flashdrive_node.evaluation.replay_report import (
     Outputs,
@@ -16,6 +16,7 @@ from flashdrive_node.evaluation.replay_report import (
     read_driven_path,
     read_outputs,
 )
+from flashdrive_node.evaluation.truth import ReasoningScore
 from flashdrive_node.runtime.rig import Rig
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from flashdrive_node.evaluation.bag_truth import Truth, label_of
+from flashdrive_node.evaluation.truth import Truth, label_of
 
 Color = tuple[int, int, int]
 

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashdrive_node.evaluation.bag_calibration import read_calibrations
-from flashdrive_node.evaluation.bag_truth import Truth, compare, read_truth
+from flashdrive_node.evaluation.bag_truth import read_truth
 from flashdrive_node.evaluation.drive_picture import PLAN, Moment, View, draw_moment
 from flashdrive_node.evaluation.mp4 import write_mp4
 from flashdrive_node.evaluation.replay_report import DrivenPath, read_driven_path
 from flashdrive_node.evaluation.strips import Strip, reasoning_strips
+from flashdrive_node.evaluation.truth import Truth, compare
 from flashdrive_node.runtime.bag import messages, open_bag, raw_image, select
 from flashdrive_node.runtime.camera_model import CameraModel
 from flashdrive_node.runtime.decode import decode_image
