@@ -251,16 +251,22 @@ def test_memory_is_constant_behind_the_warm_up(loaded):
 
 
 @on_gpu
-def test_frames_that_come_ahead_give_the_same_answer(exact):
-    """Batches of another size round otherwise, and random networks make much of it."""
+def test_frames_that_come_ahead_leave_the_same_cache(exact):
+    """Batches of another size round otherwise, which a random network's texts may turn on; its keys do not."""
     ahead, at_once = engine(exact), engine(exact)
     for w in DRIVE:
         for camera in w.cameras:
             ahead.ingest(camera.camera_index, camera.stamps_ns[-1], camera.images[-1])
-        found, expected = ahead.step(w), at_once.step(w)
-        assert [s.reasoning for s in found.samples] == [s.reasoning for s in expected.samples]
-        scale = float(np.abs(expected.trajectory.xyz).max())
-        np.testing.assert_allclose(found.trajectory.xyz, expected.trajectory.xyz, atol=0.05 * scale)
+        caches = []
+        for one in (ahead, at_once):
+            one.step(w)
+            assert one.stream is not None
+            assert one.stream.cache is not None
+            prompt = one.stream._prompt
+            assert prompt is not None
+            caches.append(torch.stack((one.stream.cache.keys, one.stream.cache.values))[:, :, :, : len(prompt.ids)])
+        found, expected = caches
+        assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
 @on_gpu

@@ -97,14 +97,13 @@ def test_frames_may_come_before_the_first_window_twice_or_for_nothing(loaded):
     assert_same(ahead.step(window(3)), at_once.step(window(3)))
 
 
-def test_windows_that_differ_from_what_came_ahead_are_answered(loaded):
-    engine, draw = StreamingEngine(SETTINGS, loaded), random.Random(0)
-    engine.step(window(0))
-    for index in range(1, 4):
-        ingest(engine, window(index), draw.sample(CAMERAS, draw.randint(0, 3)))
+def test_windows_that_differ_from_what_came_ahead_are_answered_as_if_nothing_had(loaded):
+    ahead, at_once, draw = StreamingEngine(SETTINGS, loaded), StreamingEngine(SETTINGS, loaded), random.Random(0)
+    assert_same(ahead.step(window(0)), at_once.step(window(0)))
+    for index in (1, 2, 3, 5, 6, 8, 20, 21):  # missed ticks and a gap among them
+        ingest(ahead, window(index), draw.sample(CAMERAS, draw.randint(0, 3)))
         lagging = {camera: index - draw.randint(0, 1) for camera in CAMERAS}
-        prediction = engine.step(window(index, lagging))
-        assert np.isfinite(prediction.trajectory.xyz).all()
+        assert_same(ahead.step(window(index, lagging)), at_once.step(window(index, lagging)))
 
 
 def test_warm_up_takes_frames_ahead_where_they_will_come(loaded):

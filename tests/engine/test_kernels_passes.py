@@ -70,8 +70,9 @@ def test_action_stage(samples: int) -> None:
             noise = torch.randn(samples, 5, 2, generator=seeded(2)).to(DEVICE)
             flow.start(waypoints, noise, 8.0, 0.5)
             results.append(flow.finish())
-    for found, expected in zip(*results, strict=True):
-        assert_near(found, expected, 0.02)
+    # The error estimate is the difference of two velocities, which are rounded to bfloat16 each and larger than it.
+    for found, expected, share in zip(*results, (0.02, 0.06), strict=True):
+        assert_near(found, expected, share)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

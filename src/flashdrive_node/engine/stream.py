@@ -141,6 +141,12 @@ class Stream:
         done = 0
         while old is not None and done < self._ahead and old[done] == tuple(stamps[done]):
             done += 1
+        # The newest frames of the others that came ahead were computed beside frames of a window that it is not.
+        newest = prompt.frames_per_camera - 1
+        sources = tuple(
+            tuple(None if done <= i < self._ahead and source == newest else source for source in camera)
+            for i, camera in enumerate(sources)
+        )
         refreshed = self.settings.refreshed(self.windows, len(stamps))
         span = (min((done, *refreshed)), None)
         return plan_window(prompt, sources, self.settings.mode, refreshed, self.model.device, span)
