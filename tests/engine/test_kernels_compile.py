@@ -15,12 +15,14 @@ from triton.compiler import ASTSource, compile
 
 from flashdrive_node.engine.kernels import (
     triton_ageing,
+    triton_attention,
     triton_byte_linear,
     triton_elementwise,
     triton_int4_linear,
     triton_linear,
     triton_rotary,
     triton_rotate_quantise,
+    triton_round_rows,
     triton_sampling,
     triton_vision,
     triton_waypoints,
@@ -39,20 +41,26 @@ heads = {"HEADS": 8, "PADDED_HEADS": 8, "HALF": 64, "PADDED_HALF": 64}
 check(triton_ageing._age, "*bf16 *bf16 *bf16 *i64 *i64 *i64 *i32 *bf16 *bf16 i32 i32", STEPS=3, **heads)
 heads = {"HEADS": 16, "PADDED_HEADS": 16, "HALF": 36, "PADDED_HALF": 64}
 check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads)
-check(triton_vision._layer_norm, "*bf16 " * 6 + "i32 i32 i32 fp32", ADD=True, PADDED=2048)
+for out, form in (("*bf16", {"LARGEST": 0.0, "FIXED": False}), ("*fp8e4nv", {"LARGEST": 448.0, "FIXED": False})):
+    types = "*bf16 " * 5 + out + " *fp32 i32 i32 i32 fp32 fp32"
+    check(triton_vision._layer_norm, types, ADD=True, PADDED=2048, **form)
 tile = {"COUNT": 64, "ROWS": 64, "BLOCK": 128, "STAGES": 3}
-check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True)
-check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False)
+check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True, AHEAD=2048, EARLY=True)
+check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False, AHEAD=0, EARLY=False)
 pointers = "*bf16 *fp32 *bf16 *bf16 *bf16"
-check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048)
+check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048, EARLY=True)
 pointers = "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
 heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
-check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2)
+check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2, EARLY=True)
+heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
+pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
+check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=True, **heads)
+check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=True)
 tile = {"ROWS": 16, "COLUMNS": 32}
 features = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
-check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, **tile)
-check(triton_waypoints._normed_linear, "*fp32 " * 5 + "i32 i32 i32 fp32", ACTIVATE=True, BLOCK=64, **tile)
-check(triton_waypoints._velocity, "*bf16 *fp32 *fp32 *fp32 i32 i32", CHANNELS=2, PADDED=2048)
+check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, EARLY=True, **tile)
+check(triton_waypoints._normed_linear, "*fp32 " * 5 + "i32 i32 i32 fp32", ACTIVATE=True, BLOCK=64, EARLY=True, **tile)
+check(triton_waypoints._velocity, "*bf16 *fp32 *fp32 *fp32 i32 i32", CHANNELS=2, PADDED=2048, EARLY=True)
 shape = {"CHUNKS": 39, "PADDED": 64}
 tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
@@ -64,6 +72,9 @@ turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, **tile}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
 plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True, "GROUPS": 1, "WIDTH": 4096}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
+for source in range(3):
+    stretches = {"STRETCH": 1024, "STRETCHES": 5, "LARGEST": 448.0, "FIXED": False, "SOURCE": source}
+    check(triton_round_rows._round_rows, "*bf16 *fp8e4nv *fp32 i32 i32 fp32", **stretches)
 check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
 for capability in (80, 90):

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
@@ -86,6 +87,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
         SPLITS=t.splits,
         STAGES=t.stages,
         num_warps=t.warps,
+        **options(q.device),
     )
     if t.splits > 1:
         _join[(tokens * heads,)](
@@ -97,6 +99,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
             SPLITS=t.splits,
             PADDED=triton.next_power_of_2(t.splits),
             num_warps=triton.next_power_of_2(triton.cdiv(t.splits, 16)),
+            **options(q.device),
         )
     return out
 
@@ -155,8 +158,10 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
+    follow(EARLY)
     # The last tiles see most where limits ascend: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, split = tl.program_id(1), tl.program_id(2)
@@ -226,8 +231,9 @@ def _attend(
 
 
 @triton.jit
-def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):
     """Mean of one row's parts, weighted by their sums of exponentials."""
+    follow(EARLY)
     row = tl.program_id(0)
     split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
     sum_ = tl.load(sums + split * rows + row, mask=split < SPLITS, other=float("-inf"))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.parts import is_parts
 
 
@@ -47,6 +48,7 @@ def _norm(x: Tensor, update: Tensor, weight: Tensor, total: Tensor, out: Tensor,
         PARTS=parts,
         PADDED=padded,
         num_warps=min(16, max(1, padded // 256)),
+        **options(x.device),
     )
 
 
@@ -65,7 +67,9 @@ def _rms_norm(
     ADD: tl.constexpr,
     PARTS: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, PADDED)
     within = column < size
@@ -88,12 +92,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, size, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
-    _silu_mul[(tokens, triton.cdiv(size, block))](gate_up, out, size, BLOCK=block, num_warps=4)
+    _silu_mul[(tokens, triton.cdiv(size, block))](
+        gate_up, out, size, BLOCK=block, num_warps=4, **options(gate_up.device)
+    )
     return out
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    follow(EARLY)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < size

@@ -17,6 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.early_launch import (
+    ahead_bytes,
+    fetch_ahead,
+    follow,
+    let_next_launch,
+    options,
+    wait_for_writes,
+)
 from flashdrive_node.engine.kernels.parts import is_parts
 
 
@@ -55,7 +63,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     splits, count, out_size = parts.shape
     out = torch.empty(count, out_size, dtype=dtype, device=parts.device)
     grid = (count, triton.cdiv(out_size, 1024))
-    _sum[grid](parts, out, count * out_size, out_size, SPLITS=splits, BLOCK=1024, num_warps=4)
+    _sum[grid](parts, out, count * out_size, out_size, SPLITS=splits, BLOCK=1024, num_warps=4, **options(parts.device))
     return out
 
 
@@ -94,7 +102,9 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, t: Tiling, gated: bool) -> N
         SPLITS=t.splits,
         STAGES=t.stages,
         GATED=gated,
+        AHEAD=ahead_bytes(weight),
         num_warps=t.warps,
+        **options(x.device),
     )
 
 
@@ -112,7 +122,10 @@ def _linear(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_launch(EARLY)
     tile = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -126,6 +139,9 @@ def _linear(
         row = tl.minimum(tile * (ROWS // 2) + lane // 2, out_size - 1) + lane % 2 * out_size
     else:
         row = tl.minimum(tile * ROWS + lane, out_size - 1)
+    if begin < size:
+        fetch_ahead(weight + row * size + begin, tl.minimum(share, size - begin), EARLY, AHEAD)
+    wait_for_writes(EARLY)
     w_row = weight + row[:, None] * size
     for at in tl.range(begin, tl.minimum(begin + share, size), BLOCK, num_stages=STAGES):
         column = at + column_lane
@@ -150,7 +166,8 @@ def _linear(
 
 
 @triton.jit
-def _sum(parts, out, total, out_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(parts, out, total, out_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    follow(EARLY)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = column < out_size
     place = tl.program_id(0) * out_size + column

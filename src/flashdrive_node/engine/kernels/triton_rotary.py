@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.parts import is_parts
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def norm_rope_write(
         KEEP=kept is not None,
         PARTS=len(qkv) if is_parts(qkv) else 1,
         num_warps=2 if together * dim >= 512 else 1,
+        **options(qkv.device),
     )
     return q
 
@@ -92,8 +94,10 @@ def _norm_rope_write(
     TOGETHER: tl.constexpr,
     KEEP: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Heads in the order of the projection: queries, keys, values. A head is taken in halves, which rotation mixes."""
+    follow(EARLY)
     token = tl.program_id(0)
     first = tl.program_id(1) * TOGETHER
     HALF: tl.constexpr = DIM // 2

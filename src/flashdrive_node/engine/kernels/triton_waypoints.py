@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.triton_vision import layer_norm
 from flashdrive_node.model.decoder import RMSNorm
 from flashdrive_node.model.expert import ActionInProj
@@ -42,6 +43,7 @@ def embed_waypoints(x: Tensor, time_part: Tensor, projection: ActionInProj, dtyp
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         num_warps=4,
+        **options(x.device),
     )
     for norm, layer in zip((cast(RMSNorm, norm) for norm in projection.norms), others, strict=True):
         out = torch.empty(count, len(layer.weight), device=x.device)
@@ -60,6 +62,7 @@ def embed_waypoints(x: Tensor, time_part: Tensor, projection: ActionInProj, dtyp
             COLUMNS=_COLUMNS,
             BLOCK=_BLOCK,
             num_warps=4,
+            **options(x.device),
         )
         y = out
     last = projection.out_norm
@@ -80,6 +83,7 @@ def project_velocity(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         CHANNELS=channels,
         PADDED=triton.next_power_of_2(size),
         num_warps=4,
+        **options(hidden.device),
     )
     return out
 
@@ -107,8 +111,10 @@ def _features(
     FREQUENCIES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Fourier features of the actions through the first layer; those of the time are in `time_part` already."""
+    follow(EARLY)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there, within = row < count, column < out_size
@@ -139,8 +145,10 @@ def _normed_linear(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A layer behind a root-mean-square norm: the row's factor is a number, so it may come behind the product."""
+    follow(EARLY)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there, within = row < count, column < out_size
@@ -162,7 +170,10 @@ def _normed_linear(
 
 
 @triton.jit
-def _velocity(hidden, weight, bias, out, size, hidden_row, CHANNELS: tl.constexpr, PADDED: tl.constexpr):
+def _velocity(
+    hidden, weight, bias, out, size, hidden_row, CHANNELS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr
+):
+    follow(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, PADDED)
     within = column < size
