@@ -31,6 +31,7 @@ from flashdrive_node.engine.kernels.rotate_quantise import (
 from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat
 from flashdrive_node.engine.kernels.visibility import up_to
 from flashdrive_node.engine.slot_pass import run_at_slots
+from flashdrive_node.engine.vision_pass import VisionPass
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.fp8 import E4M3, Fp8Linear, round_rows
 from flashdrive_node.model.int4_linear import Int4Linear
@@ -38,6 +39,8 @@ from flashdrive_node.model.int8 import Int8Linear
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear
+from flashdrive_node.model.quantised_loading import replace_module
+from flashdrive_node.model.vision import VisionTower
 from support.kernel_inputs import DEVICE, DTYPE, assert_close, draw, seeded
 from support.quantised import random_weight
 from support.small_models import small_config
@@ -324,6 +327,33 @@ def test_a_layer_with_bias(tokens: int) -> None:
         found = apply(layer, x)
     assert_close(found, layer(x), ulps=3)
     assert torch.equal(apply(dense, x), dense(x))
+
+
+@pytest.mark.parametrize("largest_input", [None, 8.0])
+def test_a_pass_of_the_vision_tower(largest_input: float | None) -> None:
+    """Norms and GELU round for the layers that read them; with the mergers, it is what the modules give."""
+    config = small_config().vision
+    torch.manual_seed(4)
+    tower = VisionTower(config).requires_grad_(False).to(DEVICE, DTYPE)
+    for name, parameter in tower.named_parameters():
+        if "norm" in name:
+            parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "weight" in name else parameter * 0)
+    grid = (2 * config.spatial_merge_size, 3 * config.spatial_merge_size)
+    pixels = draw(seeded(5), 2 * grid[0] * grid[1], tower.patch_embed.weight.shape[1])
+    plain = tower(pixels, [grid, grid])
+    for name, module in list(tower.named_modules()):
+        if isinstance(module, nn.Linear) and name != "patch_embed":
+            replace_module(tower, name, Fp8Linear(module, largest_input))
+    expected = tower(pixels, [grid, grid])
+    with forced("triton"):
+        found = VisionPass(tower).run(pixels, grid)
+    triples = zip(*((f.embeds, *f.deepstack) for f in (found, expected, plain)), strict=True)
+    for one, other, unrounded in triples:
+        # Values between two of the format fall to either side, which is less than what all the rounding costs.
+        cost, apart = (other - unrounded).double().norm(), (one - other).double().norm()
+        assert float(cost / unrounded.double().norm()) < 0.08
+        assert float((one - unrounded).double().norm()) < 1.2 * float(cost)
+        assert float(apart) < 0.8 * float(cost)
 
 
 def test_a_pass_of_quantised_layers() -> None:

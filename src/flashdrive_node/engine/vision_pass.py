@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from flashdrive_node.engine.kernels.linear import apply
-from flashdrive_node.engine.kernels.vision import add_layer_norm, gelu_linear, layer_norm, rotate_queries_and_keys
+from flashdrive_node.engine.kernels.quantised_linear import Rows
+from flashdrive_node.engine.kernels.vision import (
+    add_layer_norm_for,
+    gelu_mlp,
+    layer_norm,
+    layer_norm_for,
+    rotate_queries_and_keys,
+)
 from flashdrive_node.model.rope import vision_cos_sin
-from flashdrive_node.model.vision import VisionBlock, VisionFeatures, VisionTower, patch_coordinates
+from flashdrive_node.model.vision import PatchMerger, VisionBlock, VisionFeatures, VisionTower, patch_coordinates
 
 #: Rows and columns of patches.
 Grid = tuple[int, int]
@@ -42,34 +49,36 @@ class VisionPass:
         cos, sin = cos.repeat(images, 1), sin.repeat(images, 1)
         blocks = [cast(VisionBlock, block) for block in tower.blocks]
         deepstack: list[Tensor] = []
-        first = blocks[0].norm1
-        hidden = layer_norm(x, first.weight, first.bias, first.eps)
+        hidden = layer_norm_for(blocks[0].qkv, x, blocks[0].norm1)
         for i, (block, following) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
             update = self._attend(block, hidden, images, cos, sin)
-            norm = block.norm2
-            x, hidden = add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
-            update = apply(block.fc2, _gelu_layer(hidden, block.fc1))
+            x, hidden = add_layer_norm_for(block.fc1, x, update, block.norm2)
+            update = gelu_mlp(hidden, block.fc1, block.fc2)
             if following is None:
                 x = x + update
             else:
-                norm = following.norm1
-                x, hidden = add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+                x, hidden = add_layer_norm_for(following.qkv, x, update, following.norm1)
             if i in config.deepstack_layers:
-                deepstack.append(tower.deepstack_mergers[config.deepstack_layers.index(i)](x))
-        return VisionFeatures(tower.merger(x), deepstack)
+                merger = tower.deepstack_mergers[config.deepstack_layers.index(i)]
+                deepstack.append(_merge(cast(PatchMerger, merger), x))
+        return VisionFeatures(_merge(tower.merger, x), deepstack)
 
-    def _attend(self, block: VisionBlock, hidden: Tensor, images: int, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attend(self, block: VisionBlock, hidden: Rows, images: int, cos: Tensor, sin: Tensor) -> Tensor:
         parts = rotate_queries_and_keys(apply(block.qkv, hidden), block.heads, cos, sin)
         q, k, v = (part.unflatten(0, (images, -1)).transpose(1, 2) for part in parts)
         attended = scaled_dot_product_attention(q, k, v)  # [images, heads, patches, head_dim]
-        return apply(block.proj, attended.transpose(1, 2).reshape(hidden.shape))
+        return apply(block.proj, attended.transpose(1, 2).reshape(len(cos), -1))
 
 
-def _gelu_layer(x: Tensor, layer: nn.Module) -> Tensor:
-    """The first layer of an MLP with the tanh form of GELU, in whatever format its weight is."""
-    if isinstance(layer, nn.Linear):
-        return gelu_linear(x, layer.weight, layer.bias)
-    return gelu(apply(layer, x), approximate="tanh")
+def _merge(merger: PatchMerger, x: Tensor) -> Tensor:
+    """`PatchMerger.forward`: [patches, hidden] -> [patches / 4, text hidden]."""
+    if merger.norm_after:
+        hidden = layer_norm_for(merger.fc1, x.view(-1, merger.merged_size), merger.norm)
+    else:
+        norm = merger.norm
+        normed = layer_norm(x, norm.weight, norm.bias, norm.eps)
+        hidden = normed.view(-1, merger.merged_size)
+    return apply(merger.fc2, gelu(apply(merger.fc1, hidden)))
 
 
 def joined(parts: list[VisionFeatures]) -> VisionFeatures:

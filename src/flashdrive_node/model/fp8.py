@@ -85,12 +85,19 @@ class Fp8Linear(RowwiseLinear):
     def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Product with rows of `rounded`, [M, in_features] and [M, 1] -> [M, out_features] of a type."""
         if self._has_matrix_units(q):
+            # Sums in the matrix units' own registers: what that loses is far below the rounding to e4m3.
             out = torch._scaled_mm(
-                q, self.weight_fp8.T, scale_a=scale, scale_b=self.row_scales.T, out_dtype=torch.bfloat16
-            ).to(dtype)
-        else:
-            out = (linear(q.float(), self.weight_fp8.float()) * scale * self.row_scales.T).to(dtype)
-        return out if self.bias is None else out + self.bias.to(dtype)
+                q,
+                self.weight_fp8.T,
+                scale_a=scale,
+                scale_b=self.row_scales.T,
+                bias=None if self.bias is None else self.bias.bfloat16(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+            return out.to(dtype)
+        out = linear(q.float(), self.weight_fp8.float()) * scale * self.row_scales.T
+        return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """See `RowwiseLinear.rows`."""

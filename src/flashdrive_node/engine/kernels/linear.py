@@ -67,8 +67,8 @@ def project(x: Rows, layer: nn.Module) -> Tensor:
     return whole(quantised_parts(x, layer), x.dtype)
 
 
-def apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer as its module computes it, bias and all: [M, K] -> [M, N]. Quantised ones run in their kernels."""
+def apply(layer: nn.Module, x: Rows) -> Tensor:
+    """A linear layer as its module computes it, bias and all: M rows -> [M, N]. Quantised ones run in their kernels."""
     if isinstance(layer, QuantisedLinear):
         return project(x, layer)
     result: Tensor = layer(x)

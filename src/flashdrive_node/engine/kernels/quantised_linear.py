@@ -26,7 +26,7 @@ Rows = Tensor | QuantisedRows
 #: Group sizes of 4-bit weights that fill the matrix units.
 _GROUP_SIZES = (64, 128, 256)
 #: Rows up to which products with 8-bit weights are our own.
-FEW_FP8_ROWS, FEW_INT8_ROWS = 16, 64
+FEW_FP8_ROWS, FEW_INT8_ROWS = 64, 64
 
 
 def row_format(layer: nn.Module | None, x: Tensor) -> RowFormat | None:

@@ -25,6 +25,10 @@ def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
     _check(x, form)
     if not uses_triton(x):
         return quantise_reference(x, form)
+    if form.group_size is None:
+        from flashdrive_node.engine.kernels.triton_round_rows import round_rows
+
+        return round_rows(x, form)
     from flashdrive_node.engine.kernels import triton_rotate_quantise as run
 
     if form.rotation is None or _in_one(x.shape, form):
@@ -66,6 +70,10 @@ def gate_quantise(gate_up: Tensor, form: RowFormat) -> QuantisedRows:
     _check(gate_up[:, :size], form)
     if not uses_triton(gate_up):
         return quantise_reference(silu_mul(gate_up), form)
+    if form.group_size is None:
+        from flashdrive_node.engine.kernels.triton_round_rows import gate_round
+
+        return gate_round(gate_up, form)
     from flashdrive_node.engine.kernels import triton_rotate_quantise as run
 
     if form.rotation is None or _in_one((count, size), form):

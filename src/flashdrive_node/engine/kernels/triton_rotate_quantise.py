@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.kernels.parts import is_parts
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
+from flashdrive_node.engine.kernels.triton_round_rows import gated
 
 #: What rows are made of; norms last.
 _PLAIN, _GATE, _NORM, _ADD = (tl.constexpr(n) for n in range(4))
@@ -171,7 +172,7 @@ def _rotate_quantise(
         y = _turned(y, steps, turns, place, within, size, ROUNDS, GROUPS, WIDTH)
         column = first + tl.load(steps + ROUNDS * size + place, mask=within, other=0).to(tl.int32)
     if LARGEST > 0.0:
-        y, scale = _scaled(y, fixed, LARGEST, FIXED, values.dtype.element_ty == tl.int8)
+        y, scale = scaled(y, fixed, LARGEST, FIXED, values.dtype.element_ty == tl.int8)
         tl.store(scales + row, scale)
     rounded = y.to(values.dtype.element_ty)
     tl.store(values + row * size + column, rounded, mask=within)
@@ -187,7 +188,7 @@ def _input(x, update, weight, total, column, within, size, update_part, eps, SOU
     y = tl.load(x + column, mask=within, other=0.0).to(tl.float32)
     if SOURCE == _GATE:
         up = tl.load(x + size + column, mask=within, other=0.0).to(tl.float32)
-        y = _gated(y, up, dtype).to(tl.float32)
+        y = gated(y, up, dtype).to(tl.float32)
     if SOURCE == _ADD:
         added = tl.load(update + column, mask=within, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
@@ -217,7 +218,7 @@ def _turned(y, steps, turns, place, within, size, ROUNDS: tl.constexpr, GROUPS: 
 
 
 @triton.jit
-def _scaled(y, fixed, LARGEST: tl.constexpr, FIXED: tl.constexpr, WHOLE: tl.constexpr):
+def scaled(y, fixed, LARGEST: tl.constexpr, FIXED: tl.constexpr, WHOLE: tl.constexpr):
     """A row within -LARGEST to LARGEST, in whole numbers or any, and its scale."""
     # Maxima pass over nan: a sum of zeros does not.
     spoiled = tl.sum(tl.sum(y * 0.0, 1), 0)
@@ -242,14 +243,8 @@ def _turn(x, blocks, out, count, size, x_row, GATED: tl.constexpr, TOKENS: tl.co
     row = x + tl.minimum(token, count - 1).to(tl.int64)[:, None] * x_row
     rows = tl.load(row + column)
     if GATED:
-        rows = _gated(rows.to(tl.float32), tl.load(row + size + column).to(tl.float32), rows.dtype)
+        rows = gated(rows.to(tl.float32), tl.load(row + size + column).to(tl.float32), rows.dtype)
     place = blocks + (group * WIDTH + lane)[:, None] * WIDTH + lane[None, :]
     acc = tl.dot(rows, tl.load(place).to(rows.dtype))
     acc = tl.dot(rows, tl.load(place + size * WIDTH).to(rows.dtype), acc)
     tl.store(out + token.to(tl.int64)[:, None] * size + column, acc, mask=(token < count)[:, None])
-
-
-@triton.jit
-def _gated(gate, up, dtype: tl.constexpr):
-    """silu(gate) * up, rounded behind either, as in `silu_mul`."""
-    return ((gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up).to(dtype)

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
+from flashdrive_node.engine.kernels.triton_rotate_quantise import scaled
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """See `vision.layer_norm`; the result is in `dtype`, by default x's type."""
@@ -26,8 +29,29 @@ def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps:
     return total, out
 
 
+def layer_norm_round(
+    x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, form: RowFormat
+) -> tuple[Tensor, QuantisedRows]:
+    """The sum where there is an update, else x, and its norm in a form without groups."""
+    total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    values = torch.empty(x.shape, dtype=form.dtype, device=x.device)
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    given = x if update is None else update
+    _norm(x, given, weight, bias, total, values, eps, ADD=update is not None, scales=scales, fixed=form.scale)
+    return total, QuantisedRows(values, scales, None, x.dtype)
+
+
 def _norm(
-    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, total: Tensor, out: Tensor, eps: float, ADD: bool
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    total: Tensor,
+    out: Tensor,
+    eps: float,
+    ADD: bool,
+    scales: Tensor | None = None,
+    fixed: float | None = None,
 ) -> None:
     tokens, size = x.shape
     _layer_norm[(tokens,)](
@@ -37,11 +61,15 @@ def _norm(
         bias,
         total,
         out,
+        x if scales is None else scales,
         size,
         x.stride(0),
         update.stride(0),
         eps,
+        fixed or 0.0,
         ADD=ADD,
+        LARGEST=0.0 if scales is None else LARGEST[out.dtype],
+        FIXED=fixed is not None,
         PADDED=triton.next_power_of_2(size),
         num_warps=4,
     )
@@ -55,11 +83,15 @@ def _layer_norm(
     bias_ptr,
     total_ptr,
     out_ptr,
+    scales_ptr,
     size,
     x_row,
     update_row,
     eps,
+    fixed,
     ADD: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FIXED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -76,7 +108,12 @@ def _layer_norm(
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / size + eps)
     weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=within, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * size + column, (centred * scale * weight + bias).to(out_ptr.dtype.element_ty), mask=within)
+    y = centred * scale * weight + bias
+    if LARGEST > 0.0:
+        y, row_scale = scaled(y.to(x_ptr.dtype.element_ty).to(tl.float32)[None, :], fixed, LARGEST, FIXED, False)
+        tl.store(scales_ptr + row, row_scale)
+        y = tl.reshape(y, [PADDED])
+    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=within)
 
 
 def rotate_in_place(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:

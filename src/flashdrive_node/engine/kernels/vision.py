@@ -1,13 +1,54 @@
-"""What stands between the matrix products of a vision block: layer norms with the residual, and rotation in place."""
+"""What stands between the matrix products of a vision block: layer norms with the residual, rotation in place, GELU.
+
+Norms and GELU give their rows in the format of the layer that reads them, as in `quantised_linear`.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.linear import apply
+from flashdrive_node.engine.kernels.quantised_linear import Rows, row_format
 from flashdrive_node.model.rope import rotate
+
+
+def layer_norm_for(reader: nn.Module, x: Tensor, norm: nn.LayerNorm) -> Rows:
+    """`layer_norm` of [T, size], as the layer that reads it takes it."""
+    form = row_format(reader, x)
+    if form is None or form.group_size is not None:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    from flashdrive_node.engine.kernels.triton_vision import layer_norm_round
+
+    _check_norm(x, norm.weight, norm.bias)
+    return layer_norm_round(x, None, norm.weight, norm.bias, norm.eps, form)[1]
+
+
+def add_layer_norm_for(reader: nn.Module, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Rows]:
+    """`add_layer_norm`: the sum, and its norm as the layer that reads it takes it."""
+    form = row_format(reader, x)
+    if form is None or form.group_size is not None:
+        return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+    from flashdrive_node.engine.kernels.triton_vision import layer_norm_round
+
+    _check_norm(x, norm.weight, norm.bias)
+    _check_update(x, update)
+    return layer_norm_round(x, update, norm.weight, norm.bias, norm.eps, form)
+
+
+def gelu_mlp(hidden: Rows, first: nn.Module, second: nn.Module) -> Tensor:
+    """Two layers in whatever format their weights are, with the tanh form of GELU between them: [T, K] -> [T, N]."""
+    if isinstance(first, nn.Linear) and isinstance(hidden, Tensor):
+        return apply(second, gelu_linear(hidden, first.weight, first.bias))
+    between = apply(first, hidden)
+    form = row_format(second, between)
+    if form is None or form.group_size is not None:
+        return apply(second, functional.gelu(between, approximate="tanh"))
+    from flashdrive_node.engine.kernels.triton_round_rows import gelu_round
+
+    return apply(second, gelu_round(between, form))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -32,11 +73,7 @@ def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps:
         The sum, rounded to x's type, and its norm; [T, size] each.
     """
     _check_norm(x, weight, bias)
-    if x.shape != update.shape or x.dtype != update.dtype or update.stride(1) != 1:
-        raise ValueError(
-            f"norm: x and update alike are required, found {list(x.shape)} {x.dtype} and {list(update.shape)} "
-            f"{update.dtype}"
-        )
+    _check_update(x, update)
     if uses_triton(x):
         from flashdrive_node.engine.kernels.triton_vision import add_layer_norm as run
 
@@ -86,4 +123,12 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(
             f"norm: rows [T, size], weight and bias [size] of one type are required, found {list(x.shape)} {x.dtype}, "
             f"{list(weight.shape)} {weight.dtype} and {list(bias.shape)}"
+        )
+
+
+def _check_update(x: Tensor, update: Tensor) -> None:
+    if x.shape != update.shape or x.dtype != update.dtype or update.stride(1) != 1:
+        raise ValueError(
+            f"norm: x and update alike are required, found {list(x.shape)} {x.dtype} and {list(update.shape)} "
+            f"{update.dtype}"
         )
