@@ -252,7 +252,8 @@ def test_tilings_of_four_bits(splits: int, block: int) -> None:
     found = triton_int4_linear.int4_parts(rows, layer.packed, Tiling(64, block, splits, warps=4, stages=2))
     assert found.shape == ((70, 90) if splits == 1 else (splits, 70, 90))
     expected = exact(rows, layer)
-    assert_close(summed(found, DTYPE) / expected.abs().max(), expected / expected.abs().max(), ulps=0.6)
+    largest = float(expected.abs().max())
+    assert_close(summed(found, DTYPE).double() / largest, expected / largest, ulps=0.6)
 
 
 @CASES
@@ -274,7 +275,8 @@ def test_products_with_eight_bits(seed, tokens, size, out_size, bias) -> None:
         found = project(QuantisedRows(q, scale[:, 0], None, DTYPE), fp8)
     if bias:
         expected = expected.to(DTYPE).double() + dense.bias.double()
-    assert_close(found, expected, ulps=1.1)
+    # Two roundings, and what Hopper's matrix units lose: sums of e4m3 products keep 14 bits behind the largest of them.
+    assert_close(found, expected, ulps=1.1 if DEVICE.type == "cpu" else 1.6)
     if not bias:
         int8 = Int8Linear(dense)
         with forced("triton"):

@@ -62,7 +62,7 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, ch
     else:
         parts = torch.empty(t.splits, tokens * heads, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(t.splits, tokens * heads, dtype=torch.float32, device=q.device)
-    _attend[(triton.cdiv(tokens * group, t.rows), kv_heads, t.splits)](
+    _attend[(kv_heads, triton.cdiv(tokens * group, t.rows), t.splits)](
         q,
         keys,
         values,
@@ -120,14 +120,16 @@ def _hull(spans, query, valid, index, SPANS: tl.constexpr):
 
 
 @triton.jit
-def _absorb(q, k, v, scores_bias, acc, top, total, scale):
-    """One block of slots into the running softmax; `top` is the largest score so far, in units of log2."""
-    scores = tl.dot(q, tl.trans(k)) * scale + scores_bias
+def _absorb(q, k, v, seen, acc, top, total, scale, MASKED: tl.constexpr):
+    """One block of slots into the running softmax; `top` is the largest product of a query and a key so far."""
+    scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # Where a row has seen nothing yet, both are -inf, and their difference would be NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
-    fade = tl.exp2(top - base)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) * scale
+    weights = tl.exp2(scores * scale - base[:, None])
+    fade = tl.exp2(top * scale - base)
     total = total * fade + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
     return acc, new_top, total
@@ -162,9 +164,9 @@ def _attend(
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
     follow(EARLY)
-    # The last tiles see most where limits ascend: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, split = tl.program_id(1), tl.program_id(2)
+    # The last tiles see most where limits ascend: those of all heads start first.
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    head, split = tl.program_id(0), tl.program_id(2)
     row = tile * ROWS + tl.arange(0, ROWS)
     query = row // GROUP
     valid = query < tokens
@@ -197,7 +199,7 @@ def _attend(
         place = (block * BLOCK + lane)[:, None] * kv_slot
         k = tl.load(k_base + place)
         v = tl.load(v_base + place)
-        acc, top, total = _absorb(q, k, v, 0.0, acc, top, total, scale)
+        acc, top, total = _absorb(q, k, v, limit, acc, top, total, scale, MASKED=False)
     # Blocks are dealt out in turn, so that those with a mask, which cost more, fall to different programs.
     first_masked = shared + (split + SPLITS - shared % SPLITS) % SPLITS
     for block in tl.range(first_masked, blocks, SPLITS, num_stages=2):
@@ -217,7 +219,7 @@ def _attend(
         place = slot[:, None] * kv_slot
         k = tl.load(k_base + place, mask=used[:, None], other=0.0)
         v = tl.load(v_base + place, mask=used[:, None], other=0.0)
-        acc, top, total = _absorb(q, k, v, tl.where(seen, 0.0, float("-inf")), acc, top, total, scale)
+        acc, top, total = _absorb(q, k, v, seen, acc, top, total, scale, MASKED=True)
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = query * HEADS + head * GROUP + row % GROUP
@@ -227,7 +229,9 @@ def _attend(
     else:
         tl.store(parts + split * tokens * HEADS * DIM + place, acc, mask=valid[:, None])
         # log2 of the sum of exponentials; of nothing it is -inf.
-        tl.store(sums + split * tokens * HEADS + out_row, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=valid)
+        tl.store(
+            sums + split * tokens * HEADS + out_row, top * scale + tl.log2(tl.where(total > 0, total, 1.0)), mask=valid
+        )
 
 
 @triton.jit
