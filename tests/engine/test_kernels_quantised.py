@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, project_layer
 from flashdrive_node.engine.kernels import rotate_quantise
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.backend import forced
@@ -329,6 +330,31 @@ def test_a_layer_with_bias(tokens: int) -> None:
         found = apply(layer, x)
     assert_close(found, layer(x), ulps=3)
     assert torch.equal(apply(dense, x), dense(x))
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_layers_of_a_drafter(eight_bits: bool) -> None:
+    """Kernel by kernel as in a proposal, and module by module as in training."""
+    config = replace(small_config().text, hidden_size=64, intermediate_size=96)
+    torch.manual_seed(6)
+    layer = DecoderLayer(config).requires_grad_(False).to(DEVICE, DTYPE)
+    for parameter in layer.parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
+    if eight_bits:
+        for name in ("qkv", "o_proj", "gate_up", "down"):
+            setattr(layer, name, Fp8Linear(layer.get_submodule(name)))
+    x, attended = draw(seeded(1), 2, 3, 64), draw(seeded(2), 2, 3, config.q_size)
+
+    def run() -> list[Tensor]:
+        return [*project_layer(layer, x), finish_layer(layer, x, attended), last_outputs(config.q_size, layer.qkv, x)]
+
+    expected = run()
+    with torch.no_grad(), forced("triton"):
+        found = run()
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert float((one - other).double().norm() / other.double().norm()) < (2e-2 if eight_bits else 2 * torch.finfo(DTYPE).eps)
 
 
 @pytest.mark.parametrize("largest_input", [None, 8.0])

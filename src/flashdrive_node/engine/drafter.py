@@ -13,8 +13,9 @@ from typing import NamedTuple, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, pad, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 
+from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, product, project_layer
 from flashdrive_node.engine.drafter_config import DrafterConfig, parse_drafter_config
 from flashdrive_node.engine.kernels.linear import skinny_linear
 from flashdrive_node.engine.mask_embedding import read_mask_embedding
@@ -133,12 +134,12 @@ class Drafter(nn.Module):
         """
         config, texts = self.config, len(token)
         x = torch.cat((token[:, None], self.mask_embedding.expand(texts, config.block_size - 1, -1)), dim=1)
-        states = self.hidden_norm(self.fc(context))
+        states = self.hidden_norm(product(context, self.fc))
         first = context.shape[1]
         cos, sin = self._rotation(first, prompt, place, x)
         for i, module in enumerate(self.layers):
             layer = cast(DecoderLayer, module)
-            q, k, v = layer.project(x)
+            q, k, v = project_layer(layer, x)
             context_k, context_v = self._keys_values(layer, states)
             k, v = _turn(torch.cat((context_k, k), dim=1), cos, sin), torch.cat((context_v, v), dim=1)
             bias: Tensor | None = None
@@ -153,12 +154,12 @@ class Drafter(nn.Module):
                 weights.append(_attention_weights(q, k, bias))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=layer.group_size > 1)
-            x = layer.finish(x, attended.transpose(1, 2).flatten(2))
+            x = finish_layer(layer, x, attended.transpose(1, 2).flatten(2))
         return self.norm(x[:, 1:])
 
     def _keys_values(self, layer: DecoderLayer, states: Tensor) -> tuple[Tensor, Tensor]:
         """Of context states [texts, T, hidden], before rotation: [texts, T, kv_heads, head_dim] each."""
-        kv = _outputs_from(layer.q_size, layer.qkv, states).unflatten(-1, (-1, layer.head_dim))
+        kv = last_outputs(layer.q_size, layer.qkv, states).unflatten(-1, (-1, layer.head_dim))
         k, v = kv.chunk(2, dim=2)
         return layer.k_norm(k), v
 
@@ -248,11 +249,6 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("nqhd,nkhd->nhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
     return (scores if bias is None else scores + bias.float()).softmax(dim=-1).detach()
-
-
-def _outputs_from(first: int, layer: nn.Module, x: Tensor) -> Tensor:
-    """The outputs of a linear layer from one on; a layer that has no plain weight is run as a whole."""
-    return linear(x, layer.weight[first:]) if isinstance(layer, nn.Linear) else layer(x)[..., first:]
 
 
 def drafter_slots(config: DrafterConfig) -> list[TensorSlot]:
