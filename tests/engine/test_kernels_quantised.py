@@ -354,7 +354,9 @@ def test_layers_of_a_drafter(eight_bits: bool) -> None:
         found = run()
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
-        assert float((one - other).double().norm() / other.double().norm()) < (2e-2 if eight_bits else 2 * torch.finfo(DTYPE).eps)
+        assert float((one - other).double().norm() / other.double().norm()) < (
+            2e-2 if eight_bits else 2 * torch.finfo(DTYPE).eps
+        )
 
 
 @pytest.mark.parametrize("largest_input", [None, 8.0])
