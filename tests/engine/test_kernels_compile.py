@@ -40,27 +40,27 @@ def check(kernel, types, capability=90, **constants):
 heads = {"HEADS": 8, "PADDED_HEADS": 8, "HALF": 64, "PADDED_HALF": 64}
 check(triton_ageing._age, "*bf16 *bf16 *bf16 *i64 *i64 *i64 *i32 *bf16 *bf16 i32 i32", STEPS=3, **heads)
 heads = {"HEADS": 16, "PADDED_HEADS": 16, "HALF": 36, "PADDED_HALF": 64}
-check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads)
+check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads, EARLY=3)
 for out, form in (("*bf16", {"LARGEST": 0.0, "FIXED": False}), ("*fp8e4nv", {"LARGEST": 448.0, "FIXED": False})):
     types = "*bf16 " * 5 + out + " *fp32 i32 i32 i32 fp32 fp32"
-    check(triton_vision._layer_norm, types, ADD=True, PADDED=2048, **form)
+    check(triton_vision._layer_norm, types, ADD=True, PADDED=2048, EARLY=3, **form)
 tile = {"COUNT": 64, "ROWS": 64, "BLOCK": 128, "STAGES": 3}
-check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True, AHEAD=2048, EARLY=True)
-check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False, AHEAD=0, EARLY=False)
+check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True, AHEAD=2048, EARLY=3)
+check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False, AHEAD=0, EARLY=0)
 pointers = "*bf16 *fp32 *bf16 *bf16 *bf16"
-check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048, EARLY=True)
+check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048, EARLY=3)
 pointers = "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
 heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
-check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2, EARLY=True)
+check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2, EARLY=3)
 heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
-check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=True, **heads)
-check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=True)
+check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=3, **heads)
+check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=3)
 tile = {"ROWS": 16, "COLUMNS": 32}
 features = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
-check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, EARLY=True, **tile)
-check(triton_waypoints._normed_linear, "*fp32 " * 5 + "i32 i32 i32 fp32", ACTIVATE=True, BLOCK=64, EARLY=True, **tile)
-check(triton_waypoints._velocity, "*bf16 *fp32 *fp32 *fp32 i32 i32", CHANNELS=2, PADDED=2048, EARLY=True)
+check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, EARLY=3, **tile)
+check(triton_waypoints._normed_linear, "*fp32 " * 5 + "i32 i32 i32 fp32", ACTIVATE=True, BLOCK=64, EARLY=3, **tile)
+check(triton_waypoints._velocity, "*bf16 *fp32 *fp32 *fp32 i32 i32", CHANNELS=2, PADDED=2048, EARLY=3)
 shape = {"CHUNKS": 39, "PADDED": 64}
 tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
@@ -68,23 +68,24 @@ check(triton_sampling._race, "*bf16 *fp32 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", 
 check(triton_sampling._finish, "*fp32 *i32 *i64", **shape)
 rows = "*bf16 *fp32 *bf16 *bf16 *fp16 *u8 *fp32 {} *fp32 *fp32 " + "i32 " * 5 + "fp32 fp32"
 tile = {"SOURCE": 3, "PARTS": 2, "GROUPED": True, "GROUPS": 32, "WIDTH": 128}
-turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, **tile}
+turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, "EARLY": 3, **tile}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
 plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True, "GROUPS": 1, "WIDTH": 4096}
 check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
 for source in range(3):
-    stretches = {"STRETCH": 1024, "STRETCHES": 5, "LARGEST": 448.0, "FIXED": False, "SOURCE": source}
+    stretches = {"STRETCH": 1024, "STRETCHES": 5, "LARGEST": 448.0, "FIXED": False, "SOURCE": source, "EARLY": 3}
     check(triton_round_rows._round_rows, "*bf16 *fp8e4nv *fp32 i32 i32 fp32", **stretches)
-check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128)
+check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128, EARLY=3)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
 for capability in (80, 90):
     for x, scaled in (("*i8", True), ("*bf16", False)):
         types = x + " *fp32 *fp32 *u8 *fp16 *u8 *fp32 i32 i32 i32"
-        tokens = {"SCALED": scaled, "ASSEMBLY": True, "TOKENS": 16, "HALF": 64}
+        tokens = {"SCALED": scaled, "ASSEMBLY": True, "TOKENS": 16, "HALF": 64, "EARLY": 3 if capability >= 90 else 0}
         check(triton_int4_linear._int4_linear, types, capability, **tokens, **tiles)
-for capability, types in ((80, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv")):
-    given = types + " *fp32 *fp32 *fp32 i32 i32 i32"
-    check(triton_byte_linear._byte_linear, given, capability, SCALED=True, COUNT=16, BLOCK=128, **tiles)
+bytes_ = {"SCALED": True, "COUNT": 16, "BLOCK": 128, "AHEAD": 2048}
+for capability, types in ((80, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv"), (90, "*fp8e4nv *fp8e4nv")):
+    given, early = types + " *fp32 *fp32 *fp32 i32 i32 i32", 3 if capability >= 90 else 0
+    check(triton_byte_linear._byte_linear, given, capability, EARLY=early, **bytes_, **tiles)
 """
 
 

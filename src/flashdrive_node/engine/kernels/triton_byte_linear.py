@@ -11,6 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.early_launch import (
+    ahead_bytes,
+    fetch_ahead,
+    let_next_launch,
+    options,
+    wait_for_writes,
+)
 from flashdrive_node.engine.kernels.triton_linear import Tiling
 
 
@@ -61,7 +68,9 @@ def byte_parts(
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
+        AHEAD=ahead_bytes(weight),
         num_warps=t.warps,
+        **options(x.device),
     )
     return out
 
@@ -82,7 +91,10 @@ def _byte_linear(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_launch(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     token = tl.arange(0, COUNT)
@@ -92,6 +104,9 @@ def _byte_linear(
     # What lies behind the end repeats the last row or token instead of being masked: its sums are not stored.
     known_row = tl.minimum(row, out_size - 1).to(tl.int64)
     known_token = tl.minimum(token, count - 1)
+    if begin < size:
+        fetch_ahead(weight + known_row * size + begin, tl.minimum(share, size - begin), EARLY, AHEAD)
+    wait_for_writes(EARLY)
     acc = tl.zeros([ROWS, COUNT], tl.float32)
     for at in tl.range(begin, tl.minimum(begin + share, size), BLOCK, num_stages=STAGES):
         column = at + lane

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import QuantisedRows
 from flashdrive_node.engine.kernels.triton_linear import Tiling
 from flashdrive_node.model.int4 import PackedInt4
@@ -94,6 +95,7 @@ def int4_parts(rows: QuantisedRows, weight: PackedInt4, chosen: Tiling | None = 
         SPLITS=t.splits,
         STAGES=t.stages,
         num_warps=t.warps,
+        **options(device),
     )
     return out
 
@@ -117,7 +119,9 @@ def _int4_linear(
     HALF: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)

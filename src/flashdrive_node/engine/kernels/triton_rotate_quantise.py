@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.parts import is_parts
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
 from flashdrive_node.engine.kernels.triton_round_rows import gated
@@ -68,7 +69,19 @@ def turn(x: Tensor, rotation: Rotation, gated: bool = False) -> Tensor:
     block = 16 if count <= 16 else 64
     out = torch.empty(count, size, dtype=torch.float32, device=x.device)
     grid = (size // width, triton.cdiv(count, block))
-    _turn[grid](x, rotation.blocks, out, count, size, x.stride(0), GATED=gated, TOKENS=block, WIDTH=width, num_warps=4)
+    _turn[grid](
+        x,
+        rotation.blocks,
+        out,
+        count,
+        size,
+        x.stride(0),
+        GATED=gated,
+        TOKENS=block,
+        WIDTH=width,
+        num_warps=4,
+        **options(x.device),
+    )
     return out
 
 
@@ -124,6 +137,7 @@ def _run(
         GROUPS=padded,
         WIDTH=width,
         num_warps=min(16, max(1, width // 256)) if rotation is None else min(32, max(1, padded * width // 128)),
+        **options(x.device),
     )
     return QuantisedRows(
         values, scales if form.dtype in LARGEST else None, None if form.group_size is None else sums, x.dtype
@@ -157,7 +171,9 @@ def _rotate_quantise(
     FIXED: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     first = tl.arange(0, GROUPS)[:, None] * WIDTH
     place = first + tl.arange(0, WIDTH)[None, :]
@@ -234,8 +250,20 @@ def scaled(y, fixed, LARGEST: tl.constexpr, FIXED: tl.constexpr, WHOLE: tl.const
 
 
 @triton.jit(do_not_specialize=["count"])
-def _turn(x, blocks, out, count, size, x_row, GATED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+def _turn(
+    x,
+    blocks,
+    out,
+    count,
+    size,
+    x_row,
+    GATED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
+):
     """One group of some rows times the group's matrix, which comes as a sum of two."""
+    follow(EARLY)
     group = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     lane = tl.arange(0, WIDTH)

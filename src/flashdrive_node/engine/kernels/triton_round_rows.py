@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
 
 #: What rows are made of.
@@ -62,6 +63,7 @@ def _run(source: tl.constexpr, x: Tensor, size: int, form: RowFormat) -> Quantis
         STRETCH=stretch,
         STRETCHES=number,
         num_warps=min(16, max(1, stretch // 512)),
+        **options(x.device),
     )
     return QuantisedRows(values, scales, None, x.dtype)
 
@@ -79,7 +81,9 @@ def _round_rows(
     FIXED: tl.constexpr,
     STRETCH: tl.constexpr,
     STRETCHES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, STRETCH)
     x_ptr += row * x_row

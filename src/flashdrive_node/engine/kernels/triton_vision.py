@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
 from flashdrive_node.engine.kernels.triton_rotate_quantise import scaled
 
@@ -72,6 +73,7 @@ def _norm(
         FIXED=fixed is not None,
         PADDED=triton.next_power_of_2(size),
         num_warps=4,
+        **options(x.device),
     )
 
 
@@ -93,7 +95,9 @@ def _layer_norm(
     LARGEST: tl.constexpr,
     FIXED: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED)
     within = column < size
@@ -129,6 +133,7 @@ def rotate_in_place(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
         HALF=half,
         PADDED_HALF=triton.next_power_of_2(half),
         num_warps=4,
+        **options(qkv.device),
     )
 
 
@@ -142,7 +147,9 @@ def _rotate(
     PADDED_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED_HEADS)[:, None]
     column = tl.arange(0, PADDED_HALF)[None, :]
