@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flashdrive_node.cli.clip_options import add_clip_options, clip_source, image_size
 from flashdrive_node.cli.engine_options import add_engine_options, engine_settings
@@ -20,12 +20,14 @@ from flashdrive_node.evaluation.ablation_report import markdown, write_ablation
 from flashdrive_node.evaluation.ablation_runs import ConfiguredDrives, read_drives, same_as, write_drives
 from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
 from flashdrive_node.evaluation.closed_loop_run import RunSettings
-from flashdrive_node.evaluation.devices import devices_of, spread
+from flashdrive_node.evaluation.devices import devices_of, spread_each
 from flashdrive_node.evaluation.evaluation import ResultFolder
 from flashdrive_node.evaluation.lockstep import HeldClips, LockstepWork
 from flashdrive_node.evaluation.policies import weights_of
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
+
+T = TypeVar("T")
 
 _OFF: dict[str, Any] = {
     "engine": "streaming", "stream_mode": "features", "refresh_every": None, "refresh_views": False,
@@ -71,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--closed-loop-seconds", type=float, default=20.0, help="length of a drive (default: 20)")
     parser.add_argument(
-        "--latency-clips", type=int, default=1, metavar="N", help="that the engines themselves answer (default: 1)"
-    )
+        "--latency-clips", type=int, default=1, metavar="N",
+        help="that the engines themselves answer; 0 leaves latencies out (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="no engine: put together what is in --out")
     add_engine_options(parser)
 
@@ -95,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("a checkpoint is required, or --report-only")
     if args.precisions and args.configurations:
         raise InputError("--precisions or --configurations is required, found both")
-    for name, least in (("clips_at_once", 1), ("workers", 1), ("latency_clips", 1), ("closed_loop", 0)):
+    for name, least in (("clips_at_once", 1), ("workers", 1), ("latency_clips", 0), ("closed_loop", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(args, name)}")
 
@@ -111,7 +114,7 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
         weights = weights_of(settings[name])
         timed = ResultFolder(args.out / LATENCY / name)
         # Weights are read once, and once more with an overlay or in another precision.
-        loaded[weights] = answer_clips(own[name], timed, loaded.get(weights), held)
+        loaded[weights] = answer_clips(own[name], timed, loaded.get(weights), held, only_prepare=not args.latency_clips)
         ResultFolder(args.out / name).prepare(timed.settings() | {SAME_AS: same[name]})
     loaded.clear()
     devices = devices_of(args.device) * args.workers
@@ -121,7 +124,8 @@ def _measure(args: argparse.Namespace, names: list[str]) -> None:
     folders = {name: (one, args.out / name) for name, one in chosen.items()}
     clips = clip_source(args, "cpu")
     count = len(clips) or sum(1 for _ in clips.clips())
-    spread(LockstepWork(folders, source, args.clips_at_once), range(count), devices, "open loop")
+    works = {name: LockstepWork(some, source, args.clips_at_once) for name, some in _works(folders, devices).items()}
+    spread_each(works, range(count), devices, "open loop")
     if args.closed_loop:
         _drive(args, chosen, devices)
 
@@ -140,9 +144,21 @@ def _drive(args: argparse.Namespace, settings: dict[str, PlainSettings], devices
     todo = {n: s for n, s in settings.items() if read_drives(args.out / n / DRIVES, described[n]) is None}
     if not todo:
         return
-    driven = spread(ConfiguredDrives(todo, run_settings, (width, height)), indices, devices, "closed loop")
+    works = {n: ConfiguredDrives(some, run_settings, (width, height)) for n, some in _works(todo, devices).items()}
+    driven = spread_each(works, indices, devices, "closed loop")
     for name in todo:
         write_drives(args.out / name / DRIVES, described[name], [row for other, row in driven if other == name])
+
+
+def _works(configurations: dict[str, T], devices: list[str]) -> dict[str, dict[str, T]]:
+    """Which configurations are done together, by name.
+
+    On a CPU pictures are dear, and made once for all. On GPUs computing takes as long for a few clips as for many, so
+    each configuration is done by a process of its own.
+    """
+    if len(devices) == 1 or devices[0] == "cpu":
+        return {"all": configurations}
+    return {name: {name: configuration} for name, configuration in configurations.items()}
 
 
 def _without_functions(args: argparse.Namespace) -> argparse.Namespace:

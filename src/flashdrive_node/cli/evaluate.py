@@ -55,6 +55,7 @@ def answer_clips(
     loaded: LoadedModel | None = None,
     source: ClipSource | None = None,
     look_at_flow: bool = False,
+    only_prepare: bool = False,
 ) -> LoadedModel | None:
     """Step the engine that the options choose through the clips that they choose.
 
@@ -64,6 +65,7 @@ def answer_clips(
         loaded: The checkpoint, where it is in memory already.
         source: Clips in place of those that the options choose.
         look_at_flow: Whether the flow of some windows is integrated once more, for how its velocity changes.
+        only_prepare: Answer nothing: load the checkpoint, and say in the folder what its results would be.
 
     Returns:
         The checkpoint, for another engine.
@@ -85,10 +87,11 @@ def answer_clips(
     # The weights by their hash: the same checkpoint may lie elsewhere when a run goes on.
     weights = {"weights": info.sha256 or info.checkpoint, "windows": args.windows}
     folder.prepare(described(args) | weights | {"source": source.name})
-    if engine.settings.torch_device.type == "cuda":
-        engine.warm_up()
     loaded = engine.loaded
     assert loaded is not None
-    evaluate(engine, source, folder, shard, flow_change(loaded, settings) if look_at_flow else None)
+    if not only_prepare:
+        if engine.settings.torch_device.type == "cuda":
+            engine.warm_up()
+        evaluate(engine, source, folder, shard, flow_change(loaded, settings) if look_at_flow else None)
     engine.close()
     return loaded

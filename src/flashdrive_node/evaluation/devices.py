@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -58,6 +59,56 @@ def spread(work: Work[Result], indices: Sequence[int], devices: Sequence[str], t
             for number, (device, first, last) in enumerate(zip(devices, ends[:-1], ends[1:], strict=True))
         ]
         return [result for part in parts for result in part.result()]
+
+
+def spread_each(
+    works: Mapping[str, Work[Result]], indices: Sequence[int], devices: Sequence[str], title: str
+) -> list[Result]:
+    """Do several works for all scenes, as many jobs at a time as there are devices.
+
+    A job is one work, for an equal run of the scenes where devices outnumber works. So what does not get faster with
+    fewer scenes at once, as small networks on GPUs, is done side by side.
+
+    Args:
+        works: By name, for the progress bars.
+        indices: Of the scenes.
+        devices: torch devices, each of which may come several times.
+        title: Of the progress bars.
+
+    Returns:
+        Results work by work, each in the order of its scenes.
+    """
+    if len(devices) == 1:
+        titled = [(f"{title} {name}", work) for name, work in works.items()]
+        return [result for name, work in titled for result in _shard(work, indices, devices[0], name, 0)]
+    parts = min(max(1, len(devices) // len(works)), max(len(indices), 1))
+    ends = [round(len(indices) * i / parts) for i in range(parts + 1)]
+    runs = [indices[first:last] for first, last in itertools.pairwise(ends)]
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(devices))
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    with ProcessPoolExecutor(len(devices), mp_context=context, initializer=_settle, initargs=(free, threads)) as pool:
+        jobs = [
+            pool.submit(_job, work, run, f"{title} {name}", number)
+            for number, ((name, work), run) in enumerate(itertools.product(works.items(), runs))
+        ]
+        return [result for job in jobs for result in job.result()]
+
+
+#: Of this process, where it is one of `spread_each`.
+_own_device = "cpu"
+
+
+def _settle(free: multiprocessing.Queue[str], threads: int) -> None:
+    """Take one of the free devices."""
+    global _own_device
+    torch.set_num_threads(threads)
+    _own_device = free.get()
+
+
+def _job(work: Work[Result], indices: Sequence[int], title: str, position: int) -> Sequence[Result]:
+    return _shard(work, indices, _own_device, f"{title} {_own_device}", position)
 
 
 def _shard(work: Work[Result], indices: Sequence[int], device: str, title: str, position: int) -> Sequence[Result]:

@@ -56,10 +56,10 @@ class HeldClips:
     """A source of clips that were taken, for several engines to go through."""
 
     def __init__(self, source: ClipSource, limit: int):
-        """Take the first clips of a source that have windows, so many at most."""
+        """Take the first clips of a source that have windows, so many at most; 0 takes none."""
         self.name, self.camera_indices = source.name, source.camera_indices
         self._clips: list[TakenClip] = []
-        for clip in source.clips():
+        for clip in source.clips() if limit else ():
             taken = TakenClip.of(clip)
             if taken.windows:
                 self._clips.append(taken)
