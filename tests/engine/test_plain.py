@@ -231,3 +231,9 @@ def test_both_releases_run_on_four_cameras(tmp_path, release, prompt_tokens):
     if not model.config.supports_navigation:
         with pytest.raises(EngineError, match=r"navigation text needs Alpamayo 1\.5"):
             engine.step(replace(observation, nav_text="Turn left"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0,cuda:1", "cpu:x"])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(InputError, match=f"cuda:NUMBER is required, found '{device}'"):
+        _ = replace(SETTINGS, device=device).torch_device

@@ -58,9 +58,16 @@ class PlainSettings:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device that "auto" stands for."""
+        """The device that "auto" stands for.
+
+        Raises:
+            InputError: PyTorch knows no such device.
+        """
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise InputError(f"device: auto, cpu, cuda or cuda:NUMBER is required, found {name!r}") from error
 
     @property
     def dtype(self) -> torch.dtype:
