@@ -66,15 +66,16 @@ tried = {"BLOCK": 4096, "TRIED": 16}
 check(triton_sampling._narrow, "*bf16 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", FIRST=False, **shape, **tried)
 check(triton_sampling._race, "*bf16 *fp32 *fp32 *i32 *fp32 *i32 i32 fp32 fp32", ALL=False, **shape, **tried)
 check(triton_sampling._finish, "*fp32 *i32 *i64", **shape)
-rows = "*bf16 *fp32 *bf16 *bf16 *fp16 *u8 *fp32 {} *fp32 *fp32 " + "i32 " * 5 + "fp32 fp32"
-tile = {"SOURCE": 3, "PARTS": 2, "GROUPED": True, "GROUPS": 32, "WIDTH": 128}
-turned = {"ROUNDS": 8, "LARGEST": 127.0, "FIXED": False, "EARLY": 3, **tile}
-check(triton_rotate_quantise._rotate_quantise, rows.format("*i8"), **turned)
-plain = turned | {"ROUNDS": 0, "GROUPED": False, "LARGEST": 448.0, "FIXED": True, "GROUPS": 1, "WIDTH": 4096}
-check(triton_rotate_quantise._rotate_quantise, rows.format("*fp8e4nv"), **plain)
-for source in range(3):
-    stretches = {"STRETCH": 1024, "STRETCHES": 5, "LARGEST": 448.0, "FIXED": False, "SOURCE": source, "EARLY": 3}
-    check(triton_round_rows._round_rows, "*bf16 *fp8e4nv *fp32 i32 i32 fp32", **stretches)
+for values, largest in (("*i8", 127.0), ("*bf16", 0.0)):
+    rows = "*fp32 " + values + " *fp32 *fp32 i32 i32 i32 fp32"
+    groups = {"GROUPS": 32, "WIDTH": 128, "LARGEST": largest, "FIXED": False, "EARLY": 3}
+    check(triton_rotate_quantise._round_groups, rows, **groups)
+rounding = {"LARGEST": 448.0, "FIXED": False, "EARLY": 3}
+rows = "*bf16 *fp32 *bf16 *bf16 *fp8e4nv *fp32 i32 i32 i32 i32 fp32 fp32"
+check(triton_round_rows._norm_round, rows, ADD=True, PARTS=2, PADDED=4096, **rounding)
+for source, unscaled in ((0, False), (1, False), (1, True), (2, False)):
+    stretches = {"STRETCH": 1024, "STRETCHES": 5, "SOURCE": source, "UNSCALED": unscaled, **rounding}
+    check(triton_round_rows._round_rows, "*bf16 *fp32 *fp32 *fp8e4nv *fp32 i32 i32 fp32", **stretches)
 check(triton_rotate_quantise._turn, "*bf16 *bf16 *fp32 i32 i32 i32", GATED=True, TOKENS=16, WIDTH=128, EARLY=3)
 tiles = {"ROWS": 64, "SPLITS": 2, "STAGES": 4}
 for capability in (80, 90):

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, project_layer
-from flashdrive_node.engine.kernels import rotate_quantise
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
 from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts
 from flashdrive_node.engine.kernels.parts import summed
-from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for, row_format
+from flashdrive_node.engine.kernels.quantised_linear import FEW_FP8_ROWS, add_norm_for, gate_of, norm_for, row_format
 from flashdrive_node.engine.kernels.rotate_quantise import (
     add_norm_quantise,
     gate_quantise,
@@ -29,7 +29,7 @@ from flashdrive_node.engine.kernels.rotate_quantise import (
     quantise_reference,
     turn_reference,
 )
-from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat
+from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat, Unscaled
 from flashdrive_node.engine.kernels.visibility import up_to
 from flashdrive_node.engine.slot_pass import run_at_slots
 from flashdrive_node.engine.vision_pass import VisionPass
@@ -47,6 +47,8 @@ from support.quantised import random_weight
 from support.small_models import small_config
 
 tl = pytest.importorskip("triton.language", reason="the kernels need the triton package")
+gelu_round = pytest.importorskip("flashdrive_node.engine.kernels.triton_round_rows").gelu_round
+layer_norm_round = pytest.importorskip("flashdrive_node.engine.kernels.triton_vision").layer_norm_round
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 CASES = settings(max_examples=8, deadline=None)
@@ -101,6 +103,19 @@ def assert_rows(found: QuantisedRows, expected: QuantisedRows) -> None:
         torch.testing.assert_close(found.sums, groups.sum(dim=2).T, rtol=1e-5, atol=1e-3)
 
 
+def assert_rounded(found: QuantisedRows, given_: Tensor, scale: float | None = None) -> None:
+    """Rows of 8-bit floats are the nearest to what is given, which may be off by some steps of its 16-bit type."""
+    assert found.scales is not None
+    slack = 4 * torch.finfo(given_.dtype).eps
+    expected = quantise_reference(given_, RowFormat(E4M3, scale=scale)).scales
+    torch.testing.assert_close(found.scales, expected, rtol=slack, atol=0)
+    scales = found.scales[:, None].double()
+    near = given_.double().clamp(-448 * scales, 448 * scales)
+    apart = (found.values.double() * scales - near).abs()
+    # Half a step is a sixteenth of a value, and below the normal numbers 2^-10.
+    assert bool((apart <= near.abs() * (2**-4 + slack) + scales * 2**-10 * (1 + slack)).all())
+
+
 def assert_steps(found: Tensor, expected: Tensor) -> None:
     """8-bit values, of which few are a neighbour of the one expected."""
     if found.dtype == torch.int8:
@@ -121,15 +136,11 @@ def assert_steps(found: Tensor, expected: Tensor) -> None:
     groups=st.integers(1, 5),
     kind=st.sampled_from(["int8", "16 bits"]),
     source=st.sampled_from(["plain", "norm", "sum", "parts", "gate"]),
-    matrices=st.booleans(),
 )
-def test_turned_rows(seed: int, tokens: int, groups: int, kind: str, source: str, matrices: bool) -> None:
+def test_turned_rows(seed: int, tokens: int, groups: int, kind: str, source: str) -> None:
     random, size = seeded(seed), 128 * groups
     form = RowFormat(torch.int8 if kind == "int8" else DTYPE, rotation(paro(8, groups, seed)), 128)
-    with pytest.MonkeyPatch.context() as patch:
-        if matrices:  # as of long rows
-            patch.setattr(rotate_quantise, "LONG_ROW", 1)
-        assert_from(source, form, random, tokens, size)
+    assert_from(source, form, random, tokens, size)
 
 
 @CASES
@@ -164,6 +175,62 @@ def assert_from(source: str, form: RowFormat, random: torch.Generator, tokens: i
             )
             assert torch.equal(total, expected_total)
     assert_rows(found, quantise_reference(given_, form))
+
+
+@CASES
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 4),
+    size=st.integers(2, 700),
+    source=st.sampled_from(["norm", "sum", "gelu"]),
+    scale=st.sampled_from([None, 0.002]),
+)
+def test_rows_of_the_vision_tower(seed: int, tokens: int, size: int, source: str, scale: float | None) -> None:
+    """Layer norms and GELU give what the reference rounds of what they are without rounding."""
+    random, form = seeded(seed), RowFormat(E4M3, scale=scale)
+    x, update = draw(random, tokens, size), draw(random, tokens, size)
+    norm = nn.LayerNorm(size, EPS).requires_grad_(False).to(DEVICE, DTYPE)
+    norm.weight.copy_(draw(random, size))
+    norm.bias.copy_(draw(random, size))
+    with forced("triton"):
+        if source == "gelu":
+            found, given_ = gelu_round(x, form), functional.gelu(x, approximate="tanh")
+        elif source == "norm":
+            found, given_ = layer_norm_round(x, None, norm.weight, norm.bias, EPS, form)[1], norm(x)
+        else:
+            total, found = layer_norm_round(x, update, norm.weight, norm.bias, EPS, form)
+            assert torch.equal(total, x + update)
+            given_ = norm(total)
+    assert_rounded(found, given_, scale)
+
+
+@CASES
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 4), size=st.integers(1, 300))
+def test_the_gate_multiplies_the_scales_of_a_product_in(seed: int, tokens: int, size: int) -> None:
+    random = seeded(seed)
+    sums = (1000 * torch.randn(tokens, 2 * size, generator=random)).bfloat16().to(DEVICE)
+    token_scales, row_scales = (torch.rand(n, generator=random).to(DEVICE) / 30 for n in (tokens, 2 * size))
+    with forced("triton"):
+        found = gate_quantise(Unscaled(sums, token_scales, row_scales[:, None]), RowFormat(E4M3))
+    product = (sums.float() * token_scales[:, None] * row_scales).bfloat16()
+    assert found.dtype == torch.bfloat16
+    assert_rounded(found, silu_mul(product))
+
+
+def test_products_with_a_gate_in_eight_bits() -> None:
+    """As a prefill runs them: what a module gives, with scales multiplied in behind the product."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 96, bias=False), nn.Linear(48, 64, bias=False)]
+    gate_up, down = (Fp8Linear(dense.requires_grad_(False).to(DEVICE, torch.bfloat16)) for dense in layers)
+    x = torch.randn(FEW_FP8_ROWS + 1, 64, generator=seeded(1)).to(DEVICE, torch.bfloat16)
+    with forced("triton"):
+        rows = quantise(x, RowFormat(E4M3))
+        assert gate_of(down, rows, gate_up) is not None
+        found = gated_project(rows, gate_up, down)
+        assert gate_of(down, replace(rows, dtype=torch.float16), gate_up) is None  # whose range is too small
+        assert gate_of(nn.Linear(48, 8), rows, gate_up) is None
+    assert isinstance(found, QuantisedRows)
+    assert_rounded(found, silu_mul(gate_up(x)))
 
 
 @pytest.mark.parametrize("group_size", [64, 128])

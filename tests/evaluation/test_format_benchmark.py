@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,6 @@ def config(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cases, "_EXPERT_TOKENS", (3,))
     monkeypatch.setattr(cases, "_HEAD_TOKENS", (1,))
     monkeypatch.setattr(cases, "_PATCHES", (5,))
-    monkeypatch.setattr(cases, "_ROTATED_TOKENS", (1,))
     monkeypatch.setattr(cases, "_COLD_BYTES", 1)
     small = small_config()
     tokens = replace(small.tokens, vocab_size=100)
@@ -71,11 +69,8 @@ def test_tilings_compute_the_same(config, monkeypatch: pytest.MonkeyPatch) -> No
         assert len({cases._tiling_name(t) for t in chosen}) == len(chosen)
         monkeypatch.setattr(cases, few, lambda chosen=chosen: chosen[:: len(chosen) - 1])
     with forced("triton"):
-        rotation, *_, case = itertools.islice(cases.tiling_cases(config, DEVICE, DTYPE), 3)
-        one, other = (calls[0]() for calls in rotation.calls.values())
+        case = next(iter(cases.tiling_cases(config, DEVICE, DTYPE)))
         first, second = (calls[0]() for calls in case.calls.values())
-    assert int((one.values.int() - other.values.int()).abs().max()) <= 1
-    assert "rotation" not in case.name
     torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-2)
 
 

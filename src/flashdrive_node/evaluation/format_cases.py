@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flashdrive_node.engine.kernels import triton_rotate_quantise
 from flashdrive_node.engine.kernels.backend import has_fp8
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, silu_mul
 from flashdrive_node.engine.kernels.linear import MAX_ROWS, project, skinny_linear
@@ -35,7 +34,7 @@ from flashdrive_node.model.paroquant import ParoLinear
 FORMATS = ("bf16", "bf16 own", "fp8", "fp8 own", "int8 own", "w4a16", "w4a8")
 #: Tokens of passes of the text layers: one, a checked block, two, six blocks, waypoints, a streamed prefill.
 TEXT_TOKENS = (1, 8, 16, 48, 64, 897)
-_HEAD_TOKENS, _EXPERT_TOKENS, _ROTATED_TOKENS = (1, 8, 48), (64, 384), (1, 8, 48, 897)
+_HEAD_TOKENS, _EXPERT_TOKENS = (1, 8, 48), (64, 384)
 #: Images of a streamed window, of 720 patches each.
 _PATCHES = (4 * 720,)
 #: Weights are as many as fill a cache several times over, so that none helps.
@@ -101,11 +100,8 @@ def format_cases(config: AlpamayoConfig, device: torch.device, dtype: torch.dtyp
 
 
 def tiling_cases(config: AlpamayoConfig, device: torch.device, dtype: torch.dtype) -> Iterator[FormatCase]:
-    """Products with 4-bit weights in several tilings, and rotations in both ways, by which either is chosen."""
+    """Products with 4-bit weights in several tilings, by which one is chosen."""
     generator = torch.Generator(device).manual_seed(0)
-    for size in (config.text.hidden_size, config.text.intermediate_size):
-        if size % GROUP_SIZE == 0:
-            yield from (_rotation_case(size, tokens, dtype, generator) for tokens in _ROTATED_TOKENS)
     for matrix in matrices(config):
         if matrix.kind != "text" or matrix.columns % GROUP_SIZE:
             continue
@@ -116,24 +112,6 @@ def tiling_cases(config: AlpamayoConfig, device: torch.device, dtype: torch.dtyp
             yield FormatCase(
                 _title(matrix), tokens, calls, dict.fromkeys(calls, sum(t.nbytes for t in layers[0].packed))
             )
-
-
-def _rotation_case(size: int, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> FormatCase:
-    x, form = (
-        _normal(generator, dtype, tokens, size),
-        _turned(ParoLinear(random_four_bits(8, size, generator)), torch.int8),
-    )
-
-    def by_matrices() -> QuantisedRows:
-        assert form.rotation is not None
-        turned = triton_rotate_quantise.turn(x, form.rotation)
-        return triton_rotate_quantise.round_turned(turned, form, dtype)
-
-    calls: dict[str, Calls] = {
-        "in one kernel": [partial(triton_rotate_quantise.quantise, x, form)],
-        "by matrices": [by_matrices],
-    }
-    return FormatCase(f"rotation and rounding, {size}", tokens, calls, {})
 
 
 def _few_tilings() -> list[Tiling]:

@@ -7,6 +7,8 @@ the sums.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -20,6 +22,11 @@ _LARGEST = torch.finfo(E4M3).max
 HEADROOM = 2.0
 #: First compute capability with FP8 matrix units, and what sizes must be multiples of there.
 _CAPABILITY, _MULTIPLE = (8, 9), 16
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +105,15 @@ class Fp8Linear(RowwiseLinear):
             return out.to(dtype)
         out = linear(q.float(), self.weight_fp8.float()) * scale * self.row_scales.T
         return (out if self.bias is None else out + self.bias.float()).to(dtype)
+
+    def sums(self, q: Tensor) -> Tensor:
+        """Product with rows of `rounded` in front of the scales of either: bfloat16 [M, out_features], without bias."""
+        if self._has_matrix_units(q):
+            one = _one(q.device)
+            return torch._scaled_mm(
+                q, self.weight_fp8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        return linear(q.float(), self.weight_fp8.float()).bfloat16()
 
     def rows(self, ids: Tensor) -> Tensor:
         """See `RowwiseLinear.rows`."""

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.elementwise import silu_mul
-from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, quantised_parts, whole
+from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, gate_of, quantised_parts, whole
 from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 
 #: Rows up to which the own kernel is tried.
@@ -86,7 +86,8 @@ def gated_project(x: Rows, layer: nn.Module, reader: nn.Module) -> Rows:
     """`gated_linear` of a layer in whatever format its weight is, as the layer that reads it takes it: [M, N / 2]."""
     if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
         return gated_linear(x, layer.weight)
-    return gate_for(reader, project(x, layer))
+    gated = gate_of(reader, x, layer)
+    return gate_for(reader, project(x, layer)) if gated is None else gated
 
 
 def _suits_triton(x: Tensor, weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from flashdrive_node.engine.kernels.backend import has_fp8, uses_triton
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
 from flashdrive_node.engine.kernels.parts import is_parts
 from flashdrive_node.engine.kernels.rotate_quantise import add_norm_quantise, gate_quantise, norm_quantise, quantise
-from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat
+from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, RowFormat, Unscaled
 from flashdrive_node.model.decoder import RMSNorm
 from flashdrive_node.model.fp8 import E4M3, Fp8Linear
 from flashdrive_node.model.int4_linear import Int4Linear
@@ -29,9 +29,9 @@ _GROUP_SIZES = (64, 128, 256)
 FEW_FP8_ROWS, FEW_INT8_ROWS = 64, 64
 
 
-def row_format(layer: nn.Module | None, x: Tensor) -> RowFormat | None:
-    """In which format a layer's kernel takes rows like `x`; None where it takes them as they are."""
-    if layer is None or not uses_triton(x):
+def row_format(layer: nn.Module | None, x: Tensor, dtype: torch.dtype | None = None) -> RowFormat | None:
+    """In which format a layer's kernel takes rows like `x`, made of `dtype`; None where it takes them as they are."""
+    if layer is None or not uses_triton(x, dtype):
         return None
     if isinstance(layer, ParoLinear) and layer.packed.group_size in _GROUP_SIZES:
         size = layer.packed.group_size
@@ -64,6 +64,23 @@ def gate_for(reader: nn.Module | None, gate_up: Tensor) -> Rows:
     """`silu_mul`, as the layer that reads it takes it."""
     form = row_format(reader, gate_up)
     return silu_mul(gate_up) if form is None else gate_quantise(gate_up, form)
+
+
+def gate_of(reader: nn.Module, x: Rows, layer: nn.Module) -> Rows | None:
+    """`gate_for` of a product whose scales the gate's kernel multiplies in; None where that is not worth it.
+
+    `torch._scaled_mm` runs by a fifth faster where it has no scales of rows to apply.
+    """
+    fits = isinstance(x, QuantisedRows) and isinstance(layer, Fp8Linear) and layer.bias is None
+    if not fits or len(x) <= FEW_FP8_ROWS or x.dtype != torch.bfloat16:
+        return None
+    assert isinstance(x, QuantisedRows)
+    assert isinstance(layer, Fp8Linear)
+    form = row_format(reader, x.values, x.dtype)
+    if form is None or form.group_size is not None:
+        return None
+    assert x.scales is not None
+    return gate_quantise(Unscaled(layer.sums(x.values), x.scales, layer.row_scales), form)
 
 
 def quantised_parts(x: Rows, layer: nn.Module) -> Tensor:

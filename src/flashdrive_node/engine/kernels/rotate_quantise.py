@@ -1,12 +1,11 @@
-"""From what a layer computes to the rows that the next quantised product takes: one kernel in between.
+"""From what a layer computes to the rows that the next quantised product takes.
 
-That is a norm (behind the residual sum) or the gate of the MLP, then scales and rotation of channels, then rounding by
-the largest value of the row. All products on the same input share the rows: q/k/v is one, gate/up another.
+That is a norm (behind the residual sum) or the gate of the MLP, then rounding by the largest value of the row: one
+kernel for 8-bit floats. For 4-bit weights channels are scaled and rotated in between, by a kernel of its own. All
+products on the same input share the rows: q/k/v is one, gate/up another.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +13,7 @@ from torch import Tensor
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
 from flashdrive_node.engine.kernels.parts import is_parts
-from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
-
-#: Rows from which the matrix units rotate, and channels from which they do it for fewer: by arithmetic, not measured.
-MANY_ROWS, LONG_ROW = 65, 8192
+from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat, Unscaled
 
 
 def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
@@ -29,21 +25,19 @@ def quantise(x: Tensor, form: RowFormat) -> QuantisedRows:
         from flashdrive_node.engine.kernels.triton_round_rows import round_rows
 
         return round_rows(x, form)
-    from flashdrive_node.engine.kernels import triton_rotate_quantise as run
+    from flashdrive_node.engine.kernels.triton_rotate_quantise import round_groups, turn
 
-    if form.rotation is None or _in_one(x.shape, form):
-        return run.quantise(x, form)
-    return run.round_turned(run.turn(x, form.rotation), form, x.dtype)
+    return round_groups(x if form.rotation is None else turn(x, form.rotation), form, x.dtype)
 
 
 def norm_quantise(x: Tensor, weight: Tensor, eps: float, form: RowFormat) -> QuantisedRows:
     """Rows of `rms_norm`, rounded to x's type before they are scaled and turned."""
     _check(x, form)
-    if not uses_triton(x) or not _in_one(x.shape, form):
+    if not uses_triton(x) or form.group_size is not None:
         return quantise(rms_norm(x, weight, eps), form)
-    from flashdrive_node.engine.kernels.triton_rotate_quantise import norm_quantise as run
+    from flashdrive_node.engine.kernels.triton_round_rows import norm_round
 
-    return run(x, weight, eps, form)
+    return norm_round(x, None, weight, eps, form)[1]
 
 
 def add_norm_quantise(
@@ -51,7 +45,7 @@ def add_norm_quantise(
 ) -> tuple[Tensor, QuantisedRows]:
     """The sum and the rows of `add_rms_norm`, of which `update` may be in parts."""
     _check(x, form)
-    if not uses_triton(x) or not _in_one(x.shape, form):
+    if not uses_triton(x) or form.group_size is not None:
         total, normed = add_rms_norm(x, update, weight, eps)
         return total, quantise(normed, form)
     if update.shape[-2:] != x.shape or update.dtype != (torch.float32 if is_parts(update) else x.dtype):
@@ -59,31 +53,29 @@ def add_norm_quantise(
             f"quantise: x and update alike, or float32 parts of it, are required, found {list(x.shape)} {x.dtype} and "
             f"{list(update.shape)} {update.dtype}"
         )
-    from flashdrive_node.engine.kernels.triton_rotate_quantise import add_norm_quantise as run
+    from flashdrive_node.engine.kernels.triton_round_rows import norm_round
 
-    return run(x, update, weight, eps, form)
+    return norm_round(x, update, weight, eps, form)
 
 
-def gate_quantise(gate_up: Tensor, form: RowFormat) -> QuantisedRows:
-    """Rows of `silu_mul`: [M, 2 * K] with the gate in front -> [M, K]."""
-    count, size = len(gate_up), gate_up.shape[1] // 2
-    _check(gate_up[:, :size], form)
+def gate_quantise(gate_up: Tensor | Unscaled, form: RowFormat) -> QuantisedRows:
+    """Rows of `silu_mul`: [M, 2 * K] with the gate in front -> [M, K]; unscaled for a form without groups."""
+    if isinstance(gate_up, Unscaled):
+        from flashdrive_node.engine.kernels.triton_round_rows import gate_round
+
+        return gate_round(gate_up, form)
+    _check(gate_up[:, : gate_up.shape[1] // 2], form)
     if not uses_triton(gate_up):
         return quantise_reference(silu_mul(gate_up), form)
     if form.group_size is None:
         from flashdrive_node.engine.kernels.triton_round_rows import gate_round
 
         return gate_round(gate_up, form)
-    from flashdrive_node.engine.kernels import triton_rotate_quantise as run
+    from flashdrive_node.engine.kernels.triton_rotate_quantise import round_groups, turn
 
-    if form.rotation is None or _in_one((count, size), form):
-        return run.gate_quantise(gate_up, form)
-    return run.round_turned(run.turn(gate_up, form.rotation, gated=True), form, gate_up.dtype)
-
-
-def _in_one(shape: Sequence[int], form: RowFormat) -> bool:
-    """Whether rotation and rounding are one kernel."""
-    return form.rotation is None or (shape[0] < MANY_ROWS and shape[1] < LONG_ROW)
+    if form.rotation is None:
+        return round_groups(silu_mul(gate_up), form, gate_up.dtype)
+    return round_groups(turn(gate_up, form.rotation, gated=True), form, gate_up.dtype)
 
 
 def quantise_reference(x: Tensor, form: RowFormat) -> QuantisedRows:

@@ -55,3 +55,14 @@ class QuantisedRows:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Unscaled:
+    """A product with 8-bit floats on both sides, in front of the scales of either: ``sums * scales * scales``."""
+
+    #: bfloat16 [M, N], whose range is that of float32.
+    sums: Tensor
+    #: Of M rows and of the weight's N rows, float32.
+    token_scales: Tensor
+    row_scales: Tensor

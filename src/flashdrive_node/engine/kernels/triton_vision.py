@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
-from flashdrive_node.engine.kernels.triton_rotate_quantise import scaled
+from flashdrive_node.engine.kernels.triton_round_rows import row_scale, within
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -100,24 +100,25 @@ def _layer_norm(
     follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED)
-    within = column < size
-    x = tl.load(x_ptr + row * x_row + column, mask=within, other=0.0).to(tl.float32)
+    known = column < size
+    x = tl.load(x_ptr + row * x_row + column, mask=known, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(update_ptr + row * update_row + column, mask=within, other=0.0).to(tl.float32)
+        x += tl.load(update_ptr + row * update_row + column, mask=known, other=0.0).to(tl.float32)
         rounded = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * size + column, rounded, mask=within)
+        tl.store(total_ptr + row * size + column, rounded, mask=known)
         x = rounded.to(tl.float32)
     mean = tl.sum(x, 0) / size
-    centred = tl.where(within, x - mean, 0.0)
+    centred = tl.where(known, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / size + eps)
-    weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=within, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=known, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=known, other=0.0).to(tl.float32)
     y = centred * scale * weight + bias
     if LARGEST > 0.0:
-        y, row_scale = scaled(y.to(x_ptr.dtype.element_ty).to(tl.float32)[None, :], fixed, LARGEST, FIXED, False)
-        tl.store(scales_ptr + row, row_scale)
-        y = tl.reshape(y, [PADDED])
-    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=within)
+        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+        scale = row_scale(tl.abs(y), y * 0.0, fixed, LARGEST, FIXED)
+        tl.store(scales_ptr + row, scale)
+        y = within(y, scale, LARGEST)
+    tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=known)
 
 
 def rotate_in_place(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
