@@ -71,8 +71,10 @@ for values, largest in (("*i8", 127.0), ("*bf16", 0.0)):
     groups = {"GROUPS": 32, "WIDTH": 128, "LARGEST": largest, "FIXED": False, "EARLY": 3}
     check(triton_rotate_quantise._round_groups, rows, **groups)
 rounding = {"LARGEST": 448.0, "FIXED": False, "EARLY": 3}
-rows = "*bf16 *fp32 *bf16 *bf16 *fp8e4nv *fp32 i32 i32 i32 i32 fp32 fp32"
-check(triton_round_rows._norm_round, rows, ADD=True, PARTS=2, PADDED=4096, **rounding)
+for update, parts in (("*fp32", 2), ("*bf16", 1)):
+    rows = "*bf16 " + update + " *fp32 *fp32 *bf16 *bf16 *fp8e4nv *fp32 i32 i32 i32 i32 fp32 fp32"
+    added = {"ADD": True, "PARTS": parts, "UNSCALED": parts == 1, "PADDED": 4096}
+    check(triton_round_rows._norm_round, rows, **added, **rounding)
 for source, unscaled in ((0, False), (1, False), (1, True), (2, False)):
     stretches = {"STRETCH": 1024, "STRETCHES": 5, "SOURCE": source, "UNSCALED": unscaled, **rounding}
     check(triton_round_rows._round_rows, "*bf16 *fp32 *fp32 *fp8e4nv *fp32 i32 i32 fp32", **stretches)

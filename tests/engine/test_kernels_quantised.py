@@ -18,9 +18,16 @@ from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, proj
 from flashdrive_node.engine.kernels.attention import attend_visible
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts
+from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts, project_update
 from flashdrive_node.engine.kernels.parts import summed
-from flashdrive_node.engine.kernels.quantised_linear import FEW_FP8_ROWS, add_norm_for, gate_of, norm_for, row_format
+from flashdrive_node.engine.kernels.quantised_linear import (
+    FEW_FP8_ROWS,
+    add_norm_for,
+    norm_for,
+    row_format,
+    unscaled,
+    whole,
+)
 from flashdrive_node.engine.kernels.rotate_quantise import (
     add_norm_quantise,
     gate_quantise,
@@ -204,33 +211,60 @@ def test_rows_of_the_vision_tower(seed: int, tokens: int, size: int, source: str
     assert_rounded(found, given_, scale)
 
 
+def random_unscaled(random: torch.Generator, tokens: int, size: int) -> tuple[Unscaled, Tensor]:
+    """Sums in front of their scales, and what these make of them."""
+    sums = (1000 * torch.randn(tokens, size, generator=random)).bfloat16().to(DEVICE)
+    token_scales, row_scales = (torch.rand(n, generator=random).to(DEVICE) / 30 for n in (tokens, size))
+    whole_ = (sums.float() * token_scales[:, None] * row_scales).bfloat16()
+    return Unscaled(sums, token_scales, row_scales[:, None]), whole_
+
+
 @CASES
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 4), size=st.integers(1, 300))
-def test_the_gate_multiplies_the_scales_of_a_product_in(seed: int, tokens: int, size: int) -> None:
-    random = seeded(seed)
-    sums = (1000 * torch.randn(tokens, 2 * size, generator=random)).bfloat16().to(DEVICE)
-    token_scales, row_scales = (torch.rand(n, generator=random).to(DEVICE) / 30 for n in (tokens, 2 * size))
+def test_scales_of_a_product_are_multiplied_in(seed: int, tokens: int, size: int) -> None:
+    random, form = seeded(seed), RowFormat(E4M3)
+    product, expected = random_unscaled(random, tokens, 2 * size)
     with forced("triton"):
-        found = gate_quantise(Unscaled(sums, token_scales, row_scales[:, None]), RowFormat(E4M3))
-    product = (sums.float() * token_scales[:, None] * row_scales).bfloat16()
+        found = gate_quantise(product, form)
     assert found.dtype == torch.bfloat16
-    assert_rounded(found, silu_mul(product))
+    assert_rounded(found, silu_mul(expected))
+    product, expected = random_unscaled(random, tokens, size)
+    assert torch.equal(whole(product, torch.bfloat16), expected)
+    x, weight = (torch.randn(*shape, generator=random).bfloat16().to(DEVICE) for shape in ((tokens, size), (size,)))
+    with forced("triton"):
+        total, found = add_norm_quantise(x, product, weight, EPS, form)
+    torch.testing.assert_close(total, x + expected, rtol=1e-2, atol=1e-2)
+    assert_rounded(found, rms_norm(total, weight, EPS))
 
 
-def test_products_with_a_gate_in_eight_bits() -> None:
-    """As a prefill runs them: what a module gives, with scales multiplied in behind the product."""
+def test_many_rows_in_eight_bits() -> None:
+    """As a prefill runs them: what the modules give, with scales multiplied in behind the products."""
     torch.manual_seed(0)
-    layers = [nn.Linear(64, 96, bias=False), nn.Linear(48, 64, bias=False)]
+    layers = (nn.Linear(64, 96, bias=False), nn.Linear(48, 64, bias=False))
     gate_up, down = (Fp8Linear(dense.requires_grad_(False).to(DEVICE, torch.bfloat16)) for dense in layers)
+    norm = RMSNorm(64, EPS).requires_grad_(False).to(DEVICE, torch.bfloat16)
+    norm.weight.fill_(1.0)
     x = torch.randn(FEW_FP8_ROWS + 1, 64, generator=seeded(1)).to(DEVICE, torch.bfloat16)
     with forced("triton"):
         rows = quantise(x, RowFormat(E4M3))
-        assert gate_of(down, rows, gate_up) is not None
-        found = gated_project(rows, gate_up, down)
-        assert gate_of(down, replace(rows, dtype=torch.float16), gate_up) is None  # whose range is too small
-        assert gate_of(nn.Linear(48, 8), rows, gate_up) is None
-    assert isinstance(found, QuantisedRows)
-    assert_rounded(found, silu_mul(gate_up(x)))
+        assert unscaled(replace(rows, dtype=torch.float16), gate_up) is None  # whose range is too small
+        gated = gated_project(rows, gate_up, down)
+        update = project_update(gated, down)
+        assert isinstance(update, Unscaled)
+        plain = gated_project(rows, gate_up, layers[1])  # a reader that takes 16 bits
+        total, hidden = add_norm_for(gate_up, x, update, norm)
+        same, last = add_norm_for(None, x, update, norm)
+    assert isinstance(gated, QuantisedRows)
+    assert isinstance(plain, Tensor)
+    assert isinstance(hidden, QuantisedRows)
+    expected = silu_mul(gate_up(x))
+    assert_rounded(gated, expected)
+    torch.testing.assert_close(plain, expected, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(total, x + down(expected), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(same, total, rtol=1e-2, atol=1e-2)
+    assert_rounded(hidden, rms_norm(total, norm.weight, EPS))
+    assert isinstance(last, Tensor)
+    torch.testing.assert_close(last, rms_norm(same, norm.weight, EPS), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("group_size", [64, 128])

@@ -8,7 +8,8 @@ from torch.nn.functional import linear
 
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.elementwise import silu_mul
-from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, gate_of, quantised_parts, whole
+from flashdrive_node.engine.kernels.quantised_linear import Rows, gate_for, quantised_parts, unscaled, whole
+from flashdrive_node.engine.kernels.row_formats import Unscaled
 from flashdrive_node.model.linear import QuantisedLinear, SideBySide
 
 #: Rows up to which the own kernel is tried.
@@ -82,12 +83,18 @@ def project_parts(x: Rows, layer: nn.Module) -> Tensor:
     return project(x, layer) if isinstance(layer, SideBySide) else quantised_parts(x, layer)
 
 
+def project_update(x: Rows, layer: nn.Module) -> Tensor | Unscaled:
+    """`project_parts` for `add_norm_for`, which takes products in front of their scales as well."""
+    product = unscaled(x, layer)
+    return project_parts(x, layer) if product is None else product
+
+
 def gated_project(x: Rows, layer: nn.Module, reader: nn.Module) -> Rows:
     """`gated_linear` of a layer in whatever format its weight is, as the layer that reads it takes it: [M, N / 2]."""
     if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
         return gated_linear(x, layer.weight)
-    gated = gate_of(reader, x, layer)
-    return gate_for(reader, project(x, layer)) if gated is None else gated
+    product = unscaled(x, layer)
+    return gate_for(reader, project(x, layer) if product is None else product)
 
 
 def _suits_triton(x: Tensor, weight: Tensor) -> bool:

@@ -41,17 +41,18 @@ def norm_quantise(x: Tensor, weight: Tensor, eps: float, form: RowFormat) -> Qua
 
 
 def add_norm_quantise(
-    x: Tensor, update: Tensor, weight: Tensor, eps: float, form: RowFormat
+    x: Tensor, update: Tensor | Unscaled, weight: Tensor, eps: float, form: RowFormat
 ) -> tuple[Tensor, QuantisedRows]:
-    """The sum and the rows of `add_rms_norm`, of which `update` may be in parts."""
+    """The sum and the rows of `add_rms_norm`; `update` may be in parts, or for a form without groups unscaled."""
     _check(x, form)
-    if not uses_triton(x) or form.group_size is not None:
+    if isinstance(update, Tensor) and (not uses_triton(x) or form.group_size is not None):
         total, normed = add_rms_norm(x, update, weight, eps)
         return total, quantise(normed, form)
-    if update.shape[-2:] != x.shape or update.dtype != (torch.float32 if is_parts(update) else x.dtype):
+    given = update.sums if isinstance(update, Unscaled) else update
+    if given.shape[-2:] != x.shape or given.dtype != (torch.float32 if is_parts(given) else x.dtype):
         raise ValueError(
             f"quantise: x and update alike, or float32 parts of it, are required, found {list(x.shape)} {x.dtype} and "
-            f"{list(update.shape)} {update.dtype}"
+            f"{list(given.shape)} {given.dtype}"
         )
     from flashdrive_node.engine.kernels.triton_round_rows import norm_round
 

@@ -45,10 +45,11 @@ def gelu_round(x: Tensor, form: RowFormat) -> QuantisedRows:
 
 
 def norm_round(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, form: RowFormat
+    x: Tensor, update: Tensor | Unscaled | None, weight: Tensor, eps: float, form: RowFormat
 ) -> tuple[Tensor, QuantisedRows]:
-    """The sum where there is an update, which may be in parts, else x, and its norm in a form without groups."""
-    (count, size), given = x.shape, x if update is None else update
+    """The sum where there is an update, maybe in parts or unscaled, else x, and its norm in a form without groups."""
+    (count, size), unscaled = x.shape, update if isinstance(update, Unscaled) else None
+    given = x if update is None else update.sums if isinstance(update, Unscaled) else update
     total = x if update is None else torch.empty(count, size, dtype=x.dtype, device=x.device)
     values = torch.empty(count, size, dtype=form.dtype, device=x.device)
     scales = torch.empty(count, dtype=torch.float32, device=x.device)
@@ -56,6 +57,8 @@ def norm_round(
     _norm_round[(count,)](
         x,
         given,
+        scales if unscaled is None else unscaled.token_scales,
+        scales if unscaled is None else unscaled.row_scales,
         weight,
         total,
         values,
@@ -68,6 +71,7 @@ def norm_round(
         form.scale or 0.0,
         ADD=update is not None,
         PARTS=len(given) if is_parts(given) else 1,
+        UNSCALED=unscaled is not None,
         LARGEST=LARGEST[form.dtype],
         FIXED=form.scale is not None,
         PADDED=padded,
@@ -179,6 +183,8 @@ def _product(x_ptr, column, known, factor, row_scales, UNSCALED: tl.constexpr):
 def _norm_round(
     x_ptr,
     update_ptr,
+    token_scales,
+    row_scales,
     weight_ptr,
     total_ptr,
     values,
@@ -191,6 +197,7 @@ def _norm_round(
     fixed,
     ADD: tl.constexpr,
     PARTS: tl.constexpr,
+    UNSCALED: tl.constexpr,
     LARGEST: tl.constexpr,
     FIXED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -207,6 +214,8 @@ def _norm_round(
         update = tl.load(update_ptr + row * update_row + column, mask=known, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
             update += tl.load(update_ptr + part * update_part + row * update_row + column, mask=known, other=0.0)
+        if UNSCALED:
+            update *= tl.load(token_scales + row) * tl.load(row_scales + column, mask=known, other=0.0)
         rounded = (x + update.to(dtype).to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * size + column, rounded, mask=known)
         x = rounded.to(tl.float32)
