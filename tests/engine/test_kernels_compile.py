@@ -56,6 +56,8 @@ heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 6
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
 check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=3, **heads)
 check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=3)
+joined = {"HEADS": 16, "PADDED": 16, "DIM": 128, "SPLITS": 8, "LARGEST": 448.0, "FIXED": False, "EARLY": 3}
+check(triton_attention._join_round, "*fp32 *fp32 *bf16 *fp8e4nv *fp32 i32 fp32", **joined)
 tile = {"ROWS": 16, "COLUMNS": 32}
 features = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
 check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, EARLY=3, **tile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
 from flashdrive_node.engine.flow_schedule import FlowSchedule
@@ -84,7 +84,7 @@ def test_the_last_layer_runs_for_wanted_tokens_alone(backend: str, wanted: int) 
     rotation = mrope_cos_sin(slots.expand(3, -1), CONFIG.text, DTYPE)
 
     def run(kept: KVCache, count: int | None) -> Tensor:
-        def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attention(q: Tensor, keys: Tensor, values: Tensor, _: nn.Module) -> Tensor:
             return attend_visible(q, keys, values, up_to(slots[tokens - len(q) :] + 1))
 
         return run_at_slots(language.layers, language.norm, x, rotation, slots, kept, attention, wanted=count)

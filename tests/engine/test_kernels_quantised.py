@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, project_layer
-from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.attention import attend_for, attend_visible
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
 from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts, project_update
 from flashdrive_node.engine.kernels.parts import summed
 from flashdrive_node.engine.kernels.quantised_linear import (
     FEW_FP8_ROWS,
+    Rows,
     add_norm_for,
     norm_for,
     row_format,
@@ -433,6 +434,23 @@ def test_a_layer_with_bias(tokens: int) -> None:
     assert torch.equal(apply(dense, x), dense(x))
 
 
+@pytest.mark.parametrize("largest_input", [None, 4.0])
+@pytest.mark.parametrize("slots", [100, 320])  # which one program reads, and which several share
+def test_attention_for_a_layer_in_eight_bits(slots: int, largest_input: float | None) -> None:
+    random, tokens = seeded(slots), 3
+    q = draw(random, tokens, 6, 16)
+    keys, values = draw(random, 3, slots, 16), draw(random, 3, slots, 16)
+    visible = up_to(torch.arange(slots - tokens, slots, device=DEVICE))
+    reader = Fp8Linear(nn.Linear(96, 8, bias=False).requires_grad_(False).to(DEVICE, DTYPE), largest_input)
+    with forced("triton"):
+        found, plain = attend_for(reader, q, keys, values, visible), attend_visible(q, keys, values, visible)
+        same = attend_for(nn.Linear(96, 8), q, keys, values, visible)
+    assert isinstance(found, QuantisedRows)
+    assert_rounded(found, plain, reader.input_scale)
+    assert isinstance(same, Tensor)
+    assert torch.equal(same, plain)
+
+
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_layers_of_a_drafter(eight_bits: bool) -> None:
     """Kernel by kernel as in a proposal, and module by module as in training."""
@@ -508,8 +526,8 @@ def test_a_pass_of_quantised_layers() -> None:
     slots = torch.arange(5, device=DEVICE)
     visible, results = up_to(slots + 1), []
 
-    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return attend_visible(q, keys, values, visible)
+    def attention(q: Tensor, keys: Tensor, values: Tensor, reader: nn.Module) -> Rows:
+        return attend_for(reader, q, keys, values, visible)
 
     for backend in ("triton", "reference"):
         cache = KVCache(config, 9, DEVICE, DTYPE)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.flow_schedule import integrate
 from flashdrive_node.engine.graphs import Graphs
-from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.visibility import up_to, waypoint_visibility
 from flashdrive_node.engine.kernels.waypoints import embed_waypoints, project_velocity
 from flashdrive_node.engine.read_back import ReadBack
@@ -77,7 +77,7 @@ class WaypointContext:
                 rotation,
                 slots,
                 self.cache,
-                lambda q, keys, values: attend_visible(q, keys, values, visible),
+                lambda q, keys, values, reader: attend_for(reader, q, keys, values, visible),
             )
             return project_velocity(y, expert.action_out_proj).view_as(x)
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import embedding
 
 from flashdrive_node.engine.flow_pass import SampledTexts, WaypointContext
-from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.visibility import up_to
 from flashdrive_node.engine.slot_pass import run_at_slots
 from flashdrive_node.engine.speculative import TextDecoder
@@ -64,7 +64,7 @@ class UnguidedContext:
             mrope_cos_sin(positions, language.config, x.dtype),
             slots,
             self.cache,
-            lambda q, keys, values: attend_visible(q, keys, values, visible),
+            lambda q, keys, values, reader: attend_for(reader, q, keys, values, visible),
         )
         second = Context(self.cache, len(bare.ids), bare.rope_delta)
         self._decoder.repeat(second, text)

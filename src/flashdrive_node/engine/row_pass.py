@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.attention import attend_for
+from flashdrive_node.engine.kernels.quantised_linear import Rows
 from flashdrive_node.engine.kernels.rotary import KeptKeys
 from flashdrive_node.engine.kernels.visibility import up_to
 from flashdrive_node.engine.slot_pass import run_at_slots
@@ -53,12 +54,12 @@ def run_rows(
     # Everything in front of a token's slot is seen. Of a whole prompt that is a triangle, which needs no limits.
     visible, visible_last = up_to(rows.slots + 1), up_to(rows.slots[count - wanted :] + 1)
 
-    def attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attention(q: Tensor, keys: Tensor, values: Tensor, reader: nn.Module) -> Rows:
         if len(q) < count:
-            return attend_visible(q, keys, values, visible_last)
+            return attend_for(reader, q, keys, values, visible_last)
         if rows.whole:
             return attend_causal(q, keys[:, :count], values[:, :count])
-        return attend_visible(q, keys, values, visible)
+        return attend_for(reader, q, keys, values, visible)
 
     def deepstack(layer: int) -> tuple[Tensor, Tensor] | None:
         if layer >= len(features.deepstack):

@@ -12,15 +12,16 @@ from typing import cast
 from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts, project_update
-from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for
+from flashdrive_node.engine.kernels.quantised_linear import Rows, add_norm_for, norm_for
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.language import LanguageModel
 
 #: Attention of queries [T, heads, head_dim] to a layer's keys and values [kv_heads, slots, head_dim], of which the
-#: whole cache is given: [T, heads * head_dim]. In the last layer the queries may be the last ones alone (`wanted`).
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: whole cache is given: [T, heads * head_dim], maybe as the layer that reads it takes it, which is given last. In the
+#: last layer the queries may be the last ones alone (`wanted`).
+Attention = Callable[[Tensor, Tensor, Tensor, nn.Module], Rows]
 
 
 def run_at_slots(
@@ -78,7 +79,7 @@ def run_at_slots(
             q, x = q[len(q) - wanted :], x[len(x) - wanted :]
             if not wanted:
                 return x
-        update = project_update(attention(q, keys, values), layer.o_proj)
+        update = project_update(attention(q, keys, values, layer.o_proj), layer.o_proj)
         x, hidden = add_norm_for(layer.gate_up, x, update, layer.post_norm)
         gated = gated_project(hidden, layer.gate_up, layer.down)
         if extra is None:

@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 
 from flashdrive_node.engine.draft_rule import DraftRule, Script
 from flashdrive_node.engine.graphs import Graphs
-from flashdrive_node.engine.kernels.attention import attend_visible
+from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.sampling import draw
 from flashdrive_node.engine.kernels.visibility import block_visibility
 from flashdrive_node.engine.read_back import ReadBack
@@ -313,7 +313,7 @@ class TextDecoder:
             mrope_cos_sin(positions, language.config, x.dtype),
             slots,
             self.cache,
-            lambda q, keys, values: attend_visible(q, keys, values, visible),
+            lambda q, keys, values, reader: attend_for(reader, q, keys, values, visible),
             tap=taps.see,
         )
         states = taps.states() if layer_ids else hidden[:, :0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdrive_node.engine.kernels.backend import uses_triton
+from flashdrive_node.engine.kernels.quantised_linear import Rows, row_format
 from flashdrive_node.engine.kernels.visibility import Visible
 from flashdrive_node.model import attention
 
@@ -32,6 +33,17 @@ def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible) ->
 
         return run(q, keys, values, visible)
     return attend_visible_reference(q, keys, values, visible)
+
+
+def attend_for(reader: nn.Module, q: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> Rows:
+    """`attend_visible`, as the layer that reads it takes it."""
+    form = row_format(reader, q)
+    if form is None or form.group_size is not None or not _suits_triton(q):
+        return attend_visible(q, keys, values, visible)
+    from flashdrive_node.engine.kernels.triton_attention import attend_round
+
+    _check(q, keys, values, visible)
+    return attend_round(q, keys, values, visible, form)
 
 
 def attend_visible_reference(q: Tensor, keys: Tensor, values: Tensor, visible: Visible) -> Tensor:
