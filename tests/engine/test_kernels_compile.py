@@ -87,10 +87,11 @@ for capability in (80, 90):
         types = x + " *fp32 *fp32 *u8 *fp16 *u8 *fp32 i32 i32 i32"
         tokens = {"SCALED": scaled, "ASSEMBLY": True, "TOKENS": 16, "HALF": 64, "EARLY": 3 if capability >= 90 else 0}
         check(triton_int4_linear._int4_linear, types, capability, **tokens, **tiles)
-bytes_ = {"SCALED": True, "COUNT": 16, "BLOCK": 128, "AHEAD": 2048}
-for capability, types in ((80, "*bf16 *i8"), (89, "*fp8e4nv *fp8e4nv"), (90, "*fp8e4nv *fp8e4nv")):
+check(triton_round_rows._round_twice, "*bf16 *i8 *fp32 i32 i32 i32", PADDED=4096, EARLY=3)
+bytes_ = {"COUNT": 16, "BLOCK": 128, "AHEAD": 2048}
+for capability, types in ((80, "*i8 *i8"), (90, "*i8 *i8"), (89, "*fp8e4nv *fp8e4nv"), (90, "*fp8e4nv *fp8e4nv")):
     given, early = types + " *fp32 *fp32 *fp32 i32 i32 i32", 3 if capability >= 90 else 0
-    check(triton_byte_linear._byte_linear, given, capability, EARLY=early, **bytes_, **tiles)
+    check(triton_byte_linear._byte_linear, given, capability, TERMS=1 + ("i8" in types), EARLY=early, **bytes_, **tiles)
 """
 
 

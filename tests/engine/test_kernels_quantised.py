@@ -384,7 +384,7 @@ def test_products_with_eight_bits(seed, tokens, size, out_size, bias) -> None:
         int8 = Int8Linear(dense)
         with forced("triton"):
             found = project(x, int8)
-        assert_close(found, x.double() @ int8.dequantised().double().T, ulps=0.6)
+        assert_close(found, x.double() @ int8.dequantised().double().T, ulps=0.65)  # x is rounded to 15 bits
 
 
 def quantised(kind: str, out_size: int, seed: int) -> QuantisedLinear:

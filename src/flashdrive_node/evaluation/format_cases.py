@@ -192,6 +192,7 @@ def _four_bit_product(rows: QuantisedRows, weight: PackedInt4, chosen: Tiling | 
 
 
 def _fp8_product(rows: QuantisedRows, layer: Fp8Linear) -> Tensor:
+    assert rows.scales is not None
     return whole(byte_parts(rows.values, layer.weight_fp8, layer.row_scales, rows.scales, rows.dtype), rows.dtype)
 
 

@@ -100,8 +100,10 @@ def quantised_parts(x: Rows, layer: nn.Module) -> Tensor:
             x = quantise(x, form)
         elif isinstance(layer, Int8Linear) and len(x) <= FEW_INT8_ROWS and uses_triton(x):
             from flashdrive_node.engine.kernels.triton_byte_linear import byte_parts
+            from flashdrive_node.engine.kernels.triton_round_rows import round_twice
 
-            return byte_parts(x.contiguous(), layer.weight_int8, layer.row_scales, None, x.dtype)
+            terms, scales = round_twice(x)
+            return byte_parts(terms, layer.weight_int8, layer.row_scales, scales, x.dtype)
         else:
             result: Tensor = layer(x)
             return result

@@ -1,4 +1,8 @@
-"""Products of few rows with 8-bit weights in Triton: int8 with 16-bit floats, e4m3 with e4m3; see `triton_linear`."""
+"""Products of few rows with 8-bit weights in Triton: int8 with int8, e4m3 with e4m3; see `triton_linear`.
+
+Rows for int8 weights come as two terms, which together have 15 bits behind a row's largest value: the matrix units take
+the weight as it is then, while to convert it to 16 bits takes longer than to read it.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # The device functions' arguments are pointers and numbers of Triton's own types.
@@ -19,37 +23,42 @@ from flashdrive_node.engine.kernels.early_launch import (
     wait_for_writes,
 )
 from flashdrive_node.engine.kernels.triton_linear import Tiling
+from flashdrive_node.engine.kernels.triton_round_rows import SECOND_TERM
 
 
 def tiling(count: int, size: int, out_size: int, processors: int) -> Tiling:
-    """A tiling for `count` rows of x of length `size`. Not yet measured."""
+    """A tiling for `count` rows of x of length `size`, found by measuring on an H200."""
     tiles = triton.cdiv(out_size, 64)
-    splits = min(4, max(1, processors // tiles), triton.cdiv(size, 512))
-    return Tiling(64, block=128, splits=splits, warps=4, stages=6 if count <= 16 else 4)
+    if tiles >= 2 * processors:
+        return Tiling(128, block=128, splits=1, warps=8, stages=4 if count <= 16 else 3)
+    # Three programs find room on a processor at once, of many rows half as many.
+    room = 3 * processors // (tiles if count <= 16 else 2 * tiles)
+    splits = min(4, 1 << max(0, room.bit_length() - 1), triton.cdiv(size, 512))
+    return Tiling(64, block=128, splits=splits, warps=4, stages=4 if count <= 16 and size <= 4096 else 6)
 
 
 def byte_parts(
     x: Tensor,
     weight: Tensor,
     row_scales: Tensor,
-    token_scales: Tensor | None,
+    token_scales: Tensor,
     dtype: torch.dtype,
     chosen: Tiling | None = None,
 ) -> Tensor:
     """Product with a weight of a byte per element; `chosen` replaces the tiling, for measurements.
 
     Args:
-        x: Rows [M, K], M up to 64: e4m3 for an e4m3 weight, a 16-bit float for one of int8.
+        x: Rows, M up to 64: e4m3 [M, K] for an e4m3 weight, for one of int8 the two terms of `round_twice`, [2, M, K].
         weight: [N, K].
         row_scales: Of the weight's rows, float32 [N].
-        token_scales: Of x's rows, float32 [M]; None for rows without.
+        token_scales: Of x's rows, float32 [M].
         dtype: Of the result.
         chosen: See above.
 
     Returns:
         [M, N], or float32 parts of it (see `parts`).
     """
-    (count, size), out_size = x.shape, len(weight)
+    (count, size), out_size = x.shape[-2:], len(weight)
     t = chosen or tiling(count, size, out_size, multiprocessors(x.device))
     shape = (count, out_size) if t.splits == 1 else (t.splits, count, out_size)
     out = torch.empty(shape, dtype=dtype if t.splits == 1 else torch.float32, device=x.device)
@@ -57,12 +66,12 @@ def byte_parts(
         x,
         weight,
         row_scales,
-        row_scales if token_scales is None else token_scales,
+        token_scales,
         out,
         count,
         size,
         out_size,
-        SCALED=token_scales is not None,
+        TERMS=2 if x.ndim == 3 else 1,
         COUNT=max(16, triton.next_power_of_2(count)),
         ROWS=t.rows,
         BLOCK=t.block,
@@ -85,7 +94,7 @@ def _byte_linear(
     count,
     size,
     out_size,
-    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -107,17 +116,21 @@ def _byte_linear(
     if begin < size:
         fetch_ahead(weight + known_row * size + begin, tl.minimum(share, size - begin), EARLY, AHEAD)
     wait_for_writes(EARLY)
-    acc = tl.zeros([ROWS, COUNT], tl.float32)
+    acc = tl.zeros([ROWS, COUNT], tl.int32 if TERMS == 2 else tl.float32)
+    rest = acc
     for at in tl.range(begin, tl.minimum(begin + share, size), BLOCK, num_stages=STAGES):
         column = at + lane
         within = column < size
         w = tl.load(weight + known_row[:, None] * size + column[None, :], mask=within[None, :], other=0.0)
-        x = tl.load(x_ptr + known_token[None, :] * size + column[:, None], mask=within[:, None], other=0.0)
-        if w.dtype == tl.int8:
-            w = w.to(x.dtype)
-        acc = tl.dot(w, x, acc)
-    acc *= tl.load(row_scales + known_row)[:, None]
-    if SCALED:
-        acc *= tl.load(token_scales + known_token)[None, :]
+        x_place = x_ptr + known_token[None, :] * size + column[:, None]
+        acc = tl.dot(w, tl.load(x_place, mask=within[:, None], other=0.0), acc, out_dtype=acc.dtype)
+        if TERMS == 2:
+            x = tl.load(x_place + count * size, mask=within[:, None], other=0.0)
+            rest = tl.dot(w, x, rest, out_dtype=rest.dtype)
+    scales = tl.load(row_scales + known_row)[:, None] * tl.load(token_scales + known_token)[None, :]
+    if TERMS == 2:
+        result = (acc.to(tl.float32) + rest.to(tl.float32) / SECOND_TERM) * scales
+    else:
+        result = acc * scales
     place = (split * count + token).to(tl.int64)[None, :] * out_size + row[:, None]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < out_size)[:, None] & (token < count)[None, :])
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=(row < out_size)[:, None] & (token < count)[None, :])

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, Rotation, RowFormat
-from flashdrive_node.engine.kernels.triton_round_rows import row_scale, within
-
-#: Added to a float32 of up to 2^22 and taken away again, it rounds to a whole number, halves to even ones.
-_WHOLE = tl.constexpr(12582912.0)
+from flashdrive_node.engine.kernels.triton_round_rows import WHOLE, row_scale, within
 
 
 def turn(x: Tensor, rotation: Rotation, gated: bool = False) -> Tensor:
@@ -103,7 +100,7 @@ def _round_groups(
         tl.store(scales + row, scale)
         y = within(y, scale, LARGEST)
         if values.dtype.element_ty == tl.int8:
-            y = (y + _WHOLE) - _WHOLE
+            y = (y + WHOLE) - WHOLE
     rounded = y.to(values.dtype.element_ty)
     tl.store(values + row * size + place, rounded, mask=place < size)
     group = tl.arange(0, GROUPS)

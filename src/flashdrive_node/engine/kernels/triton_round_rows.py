@@ -23,6 +23,10 @@ from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, R
 _PLAIN, _GATE, _GELU = (tl.constexpr(n) for n in range(3))
 #: Smallest scale: of a row of zeros.
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+#: Steps of a second term in one of the first, of whose rounding it is up to the half: as many as int8 has.
+SECOND_TERM = tl.constexpr(254.0)
+#: Added to a float32 of up to 2^22 and taken away again, it rounds to a whole number, halves to even ones.
+WHOLE = tl.constexpr(12582912.0)
 #: Most stretches of a row.
 _STRETCHES = 5
 
@@ -42,6 +46,19 @@ def gate_round(gate_up: Tensor | Unscaled, form: RowFormat) -> QuantisedRows:
 def gelu_round(x: Tensor, form: RowFormat) -> QuantisedRows:
     """See `vision.gelu_mlp`, of a form without groups."""
     return _run(_GELU, x, x.shape[1], form)
+
+
+def round_twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] as ``scale * (first + second / SECOND_TERM)``: int8 [2, M, K], and float32 [M]."""
+    count, size = x.shape
+    values = torch.empty(2, count, size, dtype=torch.int8, device=x.device)
+    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    padded = triton.next_power_of_2(size)
+    warps = min(16, max(1, padded // 256))
+    _round_twice[(count,)](
+        x, values, scales, size, count * size, x.stride(0), PADDED=padded, num_warps=warps, **options(x.device)
+    )
+    return values, scales
 
 
 def norm_round(
@@ -224,6 +241,22 @@ def _norm_round(
     scale = row_scale(tl.abs(y), y * 0.0, fixed, LARGEST, FIXED)
     tl.store(scales + row, scale)
     tl.store(values + row * size + column, within(y, scale, LARGEST).to(values.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _round_twice(x_ptr, values, scales, size, second, x_row, PADDED: tl.constexpr, EARLY: tl.constexpr):
+    follow(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, PADDED)
+    known = column < size
+    y = tl.load(x_ptr + row * x_row + column, mask=known, other=0.0).to(tl.float32)
+    scale = row_scale(tl.abs(y), y * 0.0, 0.0, 127.0, False)
+    tl.store(scales + row, scale)
+    y = within(y, scale, 127.0)
+    first = (y + WHOLE) - WHOLE
+    rest = ((y - first) * SECOND_TERM + WHOLE) - WHOLE
+    tl.store(values + row * size + column, first.to(tl.int8), mask=known)
+    tl.store(values + second + row * size + column, rest.to(tl.int8), mask=known)
 
 
 @triton.jit
