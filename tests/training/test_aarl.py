@@ -161,9 +161,7 @@ def even_share(drafter: Drafter, recorder: TextRecorder, samples: Samples) -> fl
 
 
 def trained(drafter: Drafter, recorder: TextRecorder, samples: Samples, rule: AarlRule, steps: int) -> AarlTrainer:
-    settings = AarlSettings(
-        5.0, steps, every=10, patience=99, kl_limit=99.0, rate=1e-2, matrix_rate=5e-2, seed=3, rule=rule
-    )
+    settings = AarlSettings(5.0, steps, every=10, patience=99, kl_limit=99.0, rate=1e-2, warm_up=10, seed=3, rule=rule)
     trainer = AarlTrainer(recorder, drafter, settings)
     trainer.judge.value = Liking(recorder.policy)
     held = hold(iter([samples]), 2, 1, "held out")
@@ -201,7 +199,7 @@ def test_accepted_guesses_grow_and_the_best_is_kept(policy, recorder, drafter, s
 
 
 def test_a_run_ends_where_it_strays(recorder, drafter, samples) -> None:
-    settings = AarlSettings(5.0, 500, every=2, patience=99, kl_limit=1e-3, rate=2e-2, matrix_rate=0.1)
+    settings = AarlSettings(5.0, 500, every=2, patience=99, kl_limit=1e-3, rate=2e-2)
     trainer = AarlTrainer(recorder, drafter, settings)
     held = hold(iter([samples]), 2, 1, "held out")
     log = trainer.run(iter(lambda: samples, None), held, held)

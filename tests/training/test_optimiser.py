@@ -64,6 +64,17 @@ def test_matrices_inside_are_turned_by_a_set_amount():
     assert values.max() < 1.3
 
 
+def test_matrices_may_be_left_to_adam():
+    layer, x, y = problem()
+    before = layer.weight.detach().clone()
+    named = [("layers.0.weight", layer.weight)]
+    optimiser = Optimiser(named, rate=1e-3, matrix_rate=None, decay=0.0, warm_up=1)
+    loss_of(layer, x, y).backward()
+    signs = layer.weight.grad.sign()
+    optimiser.step(0.0)
+    torch.testing.assert_close(before - layer.weight.detach(), 1e-3 * signs, rtol=1e-2, atol=0)
+
+
 def test_rate_falls_with_the_clock_and_large_gradients_are_clipped():
     layer, x, y = problem()
     steps = []

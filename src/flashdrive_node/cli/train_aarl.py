@@ -51,8 +51,7 @@ def add_aarl_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--patience", type=int, default=run_.patience, help="looks without a better one that end the run"
     )
-    group.add_argument("--aarl-rate", type=float, default=run_.rate, help="peak learning rate of vectors")
-    group.add_argument("--aarl-matrix-rate", type=float, default=run_.matrix_rate, help="and of matrices")
+    group.add_argument("--aarl-rate", type=float, default=run_.rate, help="peak learning rate")
 
 
 def aarl_settings(args: argparse.Namespace, minutes: float, steps: int | None) -> AarlSettings:
@@ -61,7 +60,7 @@ def aarl_settings(args: argparse.Namespace, minutes: float, steps: int | None) -
     Raises:
         InputError: Values that make no run.
     """
-    require_positive(args, "every", "patience", "kl_limit", "aarl_rate", "aarl_matrix_rate")
+    require_positive(args, "every", "patience", "kl_limit", "aarl_rate")
     if args.drafts < 2 or args.action_weight < 0 or args.kl_weight < 0 or (steps is not None and steps < 1):
         raise InputError(
             f"--drafts 2 or more, weights of 0 or more and 1 step or more are required, found {args.drafts}, "
@@ -74,7 +73,6 @@ def aarl_settings(args: argparse.Namespace, minutes: float, steps: int | None) -
         patience=args.patience,
         kl_limit=args.kl_limit,
         rate=args.aarl_rate,
-        matrix_rate=args.aarl_matrix_rate,
         seed=args.seed,
         rule=AarlRule(args.action_weight, args.kl_weight, args.drafts),
     )

@@ -46,9 +46,9 @@ class AarlSettings:
     patience: int = 6
     #: Mean distance to the reference, nats per guess, beyond which the run ends.
     kl_limit: float = 0.5
-    #: Peak learning rates: of vectors, and of matrices (see `Optimiser`).
+    #: Peak learning rate, and steps over which it rises.
     rate: float = 2e-4
-    matrix_rate: float = 1e-3
+    warm_up: int = 10
     seed: int = 0
     rule: AarlRule = field(default_factory=AarlRule)
 
@@ -153,7 +153,7 @@ class AarlTrainer:
     def _learn(self, training: Iterator[Samples], validation: HeldOut) -> tuple[int, float, str]:
         """Steps, seconds, and why it ended."""
         s = self.settings
-        optimiser = Optimiser(self.drafter.named_parameters(), s.rate, 0.0, matrix_rate=s.matrix_rate)
+        optimiser = Optimiser(self.drafter.named_parameters(), s.rate, 0.0, matrix_rate=None, warm_up=s.warm_up)
         best, best_state, looks_since = self._accepted(validation), self._state(), 0
         started, limit_s, clock, step, reason = time.monotonic(), 60 * s.minutes, 0.0, 0, "budget"
         rows: list[Judged] = []
@@ -171,12 +171,13 @@ class AarlTrainer:
                 rows.append(judged)
                 if step % s.every and clock < 1:
                     continue
-                accepted = self._accepted(validation)
+                with optimiser.averaged():  # single steps are noisy
+                    accepted, state = self._accepted(validation), self._state()
                 kl = self._write_row(rows, seconds, step, accepted)
                 rows = []
                 bar.update(round(seconds) - bar.n)
                 if accepted > best:
-                    best, best_state, looks_since = accepted, self._state(), 0
+                    best, best_state, looks_since = accepted, state, 0
                 else:
                     looks_since += 1
                 if kl > s.kl_limit or looks_since >= s.patience:

@@ -24,7 +24,7 @@ _NEWTON_SCHULZ, _NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
 _ENDS = ("embed", "lm_head", "action_in_proj", "action_out_proj", "heads.")
 #: Gradients are scaled down to this norm.
 _CLIP = 1.0
-#: The learning rate rises over this many steps, and ends at this share of its peak.
+#: The learning rate rises over this many steps unless others are asked for, and ends at this share of its peak.
 _WARM_UP_STEPS, _FINAL_SHARE = 100, 0.02
 
 
@@ -37,7 +37,8 @@ class Optimiser:
         rate: float,
         decay: float = 0.05,
         average: float = 0.998,
-        matrix_rate: float = 4e-3,
+        matrix_rate: float | None = 4e-3,
+        warm_up: int = _WARM_UP_STEPS,
     ):
         """Take the parameters over.
 
@@ -47,11 +48,13 @@ class Optimiser:
             rate: Peak learning rate of Adam.
             decay: Weight decay of matrices.
             average: Share of the moving average that is kept per step.
-            matrix_rate: Peak learning rate of the matrices inside the networks.
+            matrix_rate: Peak learning rate of the matrices inside the networks. None updates them by Adam as well, which
+                follows noise less where gradients are mostly that.
+            warm_up: Steps over which the learning rates rise.
         """
         named = list(parameters)
         self.parameters: list[Tensor] = [p for _, p in named]
-        self.rate, self.decay, self.keep = rate, decay, average
+        self.rate, self.decay, self.keep, self.warm_up = rate, decay, average, warm_up
         self.steps = 0
         device = self.parameters[0].device
         with torch.no_grad():
@@ -64,11 +67,12 @@ class Optimiser:
         #: Indices of the matrices inside the networks, those of one shape together.
         self._groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (name, parameter) in enumerate(named):
-            if parameter.ndim == 2 and not any(end in name for end in _ENDS):
+            if matrix_rate is not None and parameter.ndim == 2 and not any(end in name for end in _ENDS):
                 self._groups[tuple(parameter.shape)].append(i)
         inside = {i for group in self._groups.values() for i in group}
         #: Per weight: learning rate relative to `rate`, momentum's share of the old, and whether it decays.
-        self._relative = self._per_weight([matrix_rate / rate if i in inside else 1.0 for i in range(len(named))])
+        relative = 1.0 if matrix_rate is None else matrix_rate / rate
+        self._relative = self._per_weight([relative if i in inside else 1.0 for i in range(len(named))])
         self._old = self._per_weight([_MOMENTUM if i in inside else _BETAS[0] for i in range(len(named))])
         self._decays = self._per_weight([float(p.ndim > 1) for p in self.parameters])
         self._gradient_views = self._views(self._gradient[:-1])
@@ -107,7 +111,7 @@ class Optimiser:
         usable = norm.isfinite()
         gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.where(usable, (_CLIP / (norm + 1e-6)).clamp(max=1.0), 0.0))
         self.steps += 1
-        rise = min(1.0, self.steps / _WARM_UP_STEPS)
+        rise = min(1.0, self.steps / self.warm_up)
         fall = _FINAL_SHARE + (1 - _FINAL_SHARE) * 0.5 * (1 + torch.cos(torch.pi * shared))
         rate = self.rate * rise * fall
         self._first.mul_(self._old).add_(gradient * (1 - self._old))
