@@ -1,7 +1,7 @@
 """8-bit integers for weights that are read more often than computed with: the output head.
 
-Activations stay as they are; the kernels of GPUs round them to 15 bits behind a row's largest value, which is finer than
-the weight by far. Elsewhere the weight is expanded some rows at a time, so that no copy of it is ever whole.
+Activations stay as they are; the kernels of GPUs round them to 15 bits behind a row's largest value, far finer than the
+weight. Elsewhere the weight is expanded some rows at a time, so that no copy of it is ever whole.
 """
 
 from __future__ import annotations
