@@ -48,8 +48,8 @@ class Optimiser:
             rate: Peak learning rate of Adam.
             decay: Weight decay of matrices.
             average: Share of the moving average that is kept per step.
-            matrix_rate: Peak learning rate of the matrices inside the networks. None updates them by Adam as well, which
-                follows noise less where gradients are mostly that.
+            matrix_rate: Peak learning rate of the matrices inside the networks. None updates them by Adam as well,
+                which follows noise less where gradients are mostly that.
             warm_up: Steps over which the learning rates rise.
         """
         named = list(parameters)
