@@ -48,13 +48,13 @@ _MANY = 65
 
 
 def tiling(count: int, groups: int, out_size: int, processors: int) -> Tiling:
-    """A tiling for `count` rows of x; `block` is the number of these rows per tile. Not yet measured."""
+    """A tiling for `count` rows of x, found by measuring on an H200; `block` is the number of these rows per tile."""
     if count >= _MANY:
-        return Tiling(128, block=128, splits=1, warps=8, stages=3)
-    tiles = triton.cdiv(out_size, 64)
-    splits = min(4, max(1, 2 * processors // tiles), triton.cdiv(groups, 4))
-    block = max(16, triton.next_power_of_2(count))
-    return Tiling(64, block=block, splits=splits, warps=4, stages=6 if count <= 16 else 4)
+        return Tiling(128, block=64, splits=1, warps=4, stages=4)
+    # Three programs find room on a processor at once.
+    room = 3 * processors // triton.cdiv(out_size, 64)
+    splits = min(4, max(2, 1 << max(0, room.bit_length() - 1)), triton.cdiv(groups, 4))
+    return Tiling(64, block=max(16, triton.next_power_of_2(count)), splits=splits, warps=4, stages=4)
 
 
 def int4_parts(rows: QuantisedRows, weight: PackedInt4, chosen: Tiling | None = None) -> Tensor:
