@@ -49,9 +49,11 @@ check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, 
 check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False, AHEAD=0, EARLY=0)
 pointers = "*bf16 *fp32 *bf16 *bf16 *bf16"
 check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True, PARTS=4, PADDED=2048, EARLY=3)
-pointers = "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
 heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
-check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, KEEP=False, PARTS=2, EARLY=3)
+for qkv, parts in (("*fp32", 2), ("*bf16", 1)):
+    pointers = qkv + " *fp32 *fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
+    options = {"KEEP": False, "PARTS": parts, "UNSCALED": parts == 1, "EARLY": 3}
+    check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, **options)
 heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
 check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=3, **heads)

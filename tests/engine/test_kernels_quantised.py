@@ -18,17 +18,19 @@ from flashdrive_node.engine.draft_layers import finish_layer, last_outputs, proj
 from flashdrive_node.engine.kernels.attention import attend_for, attend_visible
 from flashdrive_node.engine.kernels.backend import forced
 from flashdrive_node.engine.kernels.elementwise import add_rms_norm, rms_norm, silu_mul
-from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts, project_update
+from flashdrive_node.engine.kernels.linear import apply, gated_project, project, project_parts
 from flashdrive_node.engine.kernels.parts import summed
 from flashdrive_node.engine.kernels.quantised_linear import (
     FEW_FP8_ROWS,
     Rows,
     add_norm_for,
     norm_for,
+    quantised_parts,
     row_format,
     unscaled,
     whole,
 )
+from flashdrive_node.engine.kernels.rotary import HeadNorms, norm_rope_write
 from flashdrive_node.engine.kernels.rotate_quantise import (
     add_norm_quantise,
     gate_quantise,
@@ -238,6 +240,21 @@ def test_scales_of_a_product_are_multiplied_in(seed: int, tokens: int, size: int
     assert_rounded(found, rms_norm(total, weight, EPS))
 
 
+def test_scales_of_heads_are_multiplied_in() -> None:
+    random, dtype = seeded(3), torch.bfloat16
+    product, expected = random_unscaled(random, 5, 4 * 16)  # two heads of queries, one of keys, one of values
+    cos, sin = (torch.rand(5, 16, generator=random).to(DEVICE, dtype) for _ in range(2))
+    norms = HeadNorms(*(torch.rand(16, generator=random).to(DEVICE, dtype) for _ in range(2)), EPS)
+    slots, results = torch.arange(5, device=DEVICE), []
+    for backend, qkv in (("triton", product), ("reference", product), ("triton", expected)):
+        keys, values = (torch.zeros(1, 6, 16, device=DEVICE, dtype=dtype) for _ in range(2))
+        with forced(backend):
+            results.append((norm_rope_write(qkv, norms, cos, sin, keys, values, slots), keys, values))
+    for ours, reference, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(ours, scaled, rtol=1e-2, atol=1e-2)  # the interpreter cuts bfloat16 off
+        torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)
+
+
 def test_many_rows_in_eight_bits() -> None:
     """As a prefill runs them: what the modules give, with scales multiplied in behind the products."""
     torch.manual_seed(0)
@@ -250,7 +267,7 @@ def test_many_rows_in_eight_bits() -> None:
         rows = quantise(x, RowFormat(E4M3))
         assert unscaled(replace(rows, dtype=torch.float16), gate_up) is None  # whose range is too small
         gated = gated_project(rows, gate_up, down)
-        update = project_update(gated, down)
+        update = project_parts(gated, down)
         assert isinstance(update, Unscaled)
         plain = gated_project(rows, gate_up, layers[1])  # a reader that takes 16 bits
         total, hidden = add_norm_for(gate_up, x, update, norm)
@@ -338,7 +355,7 @@ def test_products_with_four_bits(seed, tokens, out_size, groups, group_size, int
     rows = quantise_reference(x, RowFormat(torch.int8 if int8 else DTYPE, rotation(layer), group_size))
     expected = exact(rows, layer)
     with forced("triton"):
-        found = project_parts(rows, layer)
+        found = quantised_parts(rows, layer)
     # Sums of a group are exact with int8; those of the groups are in float32, and rounded once.
     largest = float(expected.abs().max()) + 1
     assert_close(summed(found, DTYPE).double() / largest, expected / largest, ulps=0.6)

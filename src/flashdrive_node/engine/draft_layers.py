@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from flashdrive_node.engine.kernels.linear import gated_project, project, project_update, skinny_linear
+from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts, skinny_linear
 from flashdrive_node.engine.kernels.quantised_linear import add_norm_for, norm_for
 from flashdrive_node.model.decoder import DecoderLayer
 
@@ -35,7 +35,7 @@ def finish_layer(layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     if _learns():
         return layer.finish(x, attended)
     flat, hidden = add_norm_for(
-        layer.gate_up, x.flatten(0, 1), project_update(attended.flatten(0, 1), layer.o_proj), layer.post_norm
+        layer.gate_up, x.flatten(0, 1), project_parts(attended.flatten(0, 1), layer.o_proj), layer.post_norm
     )
     update = project(gated_project(hidden, layer.gate_up, layer.down), layer.down)
     return (flat + update).view_as(x)

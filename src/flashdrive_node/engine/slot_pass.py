@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts, project_update
+from flashdrive_node.engine.kernels.linear import gated_project, project, project_parts
 from flashdrive_node.engine.kernels.quantised_linear import Rows, add_norm_for, norm_for
 from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys, norm_rope_write
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
@@ -79,11 +79,11 @@ def run_at_slots(
             q, x = q[len(q) - wanted :], x[len(x) - wanted :]
             if not wanted:
                 return x
-        update = project_update(attention(q, keys, values, layer.o_proj), layer.o_proj)
+        update = project_parts(attention(q, keys, values, layer.o_proj), layer.o_proj)
         x, hidden = add_norm_for(layer.gate_up, x, update, layer.post_norm)
         gated = gated_project(hidden, layer.gate_up, layer.down)
         if extra is None:
-            update = project_update(gated, layer.down)
+            update = project_parts(gated, layer.down)
             x, hidden = add_norm_for(reader, x, update, next_norm)
         else:
             x = x + project(gated, layer.down)

@@ -76,17 +76,14 @@ def apply(layer: nn.Module, x: Rows) -> Tensor:
     return result
 
 
-def project_parts(x: Rows, layer: nn.Module) -> Tensor:
-    """`project` for a reader that takes parts (see `parts`)."""
+def project_parts(x: Rows, layer: nn.Module) -> Tensor | Unscaled:
+    """`project` for a reader that takes parts (see `parts`), and products in front of their scales."""
     if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
         return skinny_parts(x, layer.weight)
-    return project(x, layer) if isinstance(layer, SideBySide) else quantised_parts(x, layer)
-
-
-def project_update(x: Rows, layer: nn.Module) -> Tensor | Unscaled:
-    """`project_parts` for `add_norm_for`, which takes products in front of their scales as well."""
+    if isinstance(layer, SideBySide):
+        return project(x, layer)
     product = unscaled(x, layer)
-    return project_parts(x, layer) if product is None else product
+    return quantised_parts(x, layer) if product is None else product
 
 
 def gated_project(x: Rows, layer: nn.Module, reader: nn.Module) -> Rows:

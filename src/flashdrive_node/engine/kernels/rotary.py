@@ -10,6 +10,8 @@ from torch.nn.functional import rms_norm
 
 from flashdrive_node.engine.kernels.backend import uses_triton
 from flashdrive_node.engine.kernels.parts import is_parts, summed
+from flashdrive_node.engine.kernels.quantised_linear import whole
+from flashdrive_node.engine.kernels.row_formats import Unscaled
 from flashdrive_node.model.rope import rotate
 
 
@@ -33,7 +35,7 @@ class HeadNorms:
 
 
 def norm_rope_write(
-    qkv: Tensor,
+    qkv: Tensor | Unscaled,
     norms: HeadNorms,
     cos: Tensor,
     sin: Tensor,
@@ -49,7 +51,7 @@ def norm_rope_write(
 
     Args:
         qkv: Output of the projection, rows q, k, v: [T, (heads + 2 kv_heads) * head_dim], contiguous, or its parts (see
-            `parts`).
+            `parts`), or the product in front of its scales.
         norms: Of the layer.
         cos, sin: Rotations as `rotate` takes them, [T, head_dim], in qkv's type or float32.
         keys, values: A layer of the cache, [kv_heads, slots, head_dim].
@@ -62,11 +64,12 @@ def norm_rope_write(
     Raises:
         ValueError: Shapes or types that do not belong together.
     """
-    _check(qkv, cos, sin, keys, values, slots)
+    _check(qkv.sums if isinstance(qkv, Unscaled) else qkv, cos, sin, keys, values, slots)
     if uses_triton(keys) and keys.shape[2] in (16, 32, 64, 128, 256):
         from flashdrive_node.engine.kernels.triton_rotary import norm_rope_write as run
 
         return run(qkv, norms, cos, sin, keys, values, slots, kept)
+    qkv = whole(qkv, keys.dtype) if isinstance(qkv, Unscaled) else qkv
     return norm_rope_write_reference(qkv, norms, cos, sin, keys, values, slots, kept)
 
 

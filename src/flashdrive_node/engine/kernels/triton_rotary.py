@@ -15,13 +15,14 @@ from torch import Tensor
 
 from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.parts import is_parts
+from flashdrive_node.engine.kernels.row_formats import Unscaled
 
 if TYPE_CHECKING:
     from flashdrive_node.engine.kernels.rotary import HeadNorms, KeptKeys
 
 
 def norm_rope_write(
-    qkv: Tensor,
+    product: Tensor | Unscaled,
     norms: HeadNorms,
     cos: Tensor,
     sin: Tensor,
@@ -31,12 +32,16 @@ def norm_rope_write(
     kept: KeptKeys | None,
 ) -> Tensor:
     """See `rotary.norm_rope_write`."""
+    unscaled = product if isinstance(product, Unscaled) else None
+    qkv = product.sums if isinstance(product, Unscaled) else product
     (tokens, width), (kv_heads, _, dim) = qkv.shape[-2:], keys.shape
     heads = width // dim - 2 * kv_heads
     q = torch.empty(tokens, heads, dim, dtype=keys.dtype, device=qkv.device)
     together = gcd(heads, kv_heads, 8)  # heads of one program: a power of two that divides both
     _norm_rope_write[(tokens, (heads + 2 * kv_heads) // together)](
         qkv,
+        cos if unscaled is None else unscaled.token_scales,
+        cos if unscaled is None else unscaled.row_scales,
         norms.q,
         norms.k,
         cos,
@@ -61,6 +66,7 @@ def norm_rope_write(
         TOGETHER=together,
         KEEP=kept is not None,
         PARTS=len(qkv) if is_parts(qkv) else 1,
+        UNSCALED=unscaled is not None,
         num_warps=2 if together * dim >= 512 else 1,
         **options(qkv.device),
     )
@@ -70,6 +76,8 @@ def norm_rope_write(
 @triton.jit
 def _norm_rope_write(
     qkv,
+    token_scales,
+    row_scales,
     q_weight,
     k_weight,
     cos,
@@ -94,6 +102,7 @@ def _norm_rope_write(
     TOGETHER: tl.constexpr,
     KEEP: tl.constexpr,
     PARTS: tl.constexpr,
+    UNSCALED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Heads in the order of the projection: queries, keys, values. A head is taken in halves, which rotation mixes."""
@@ -108,6 +117,11 @@ def _norm_rope_write(
     for part in tl.static_range(1, PARTS):
         left_raw += tl.load(source + part * part_stride)
         right_raw += tl.load(source + part * part_stride + HALF)
+    if UNSCALED:
+        factor = tl.load(token_scales + token)
+        place = row_scales + (first + lane) * DIM + column
+        left_raw = left_raw.to(tl.float32) * factor * tl.load(place)
+        right_raw = right_raw.to(tl.float32) * factor * tl.load(place + HALF)
     rounded = q_out.dtype.element_ty
     left_raw, right_raw = left_raw.to(rounded), right_raw.to(rounded)
     slot = tl.load(slots + token)
