@@ -151,14 +151,16 @@ def _drive(args: argparse.Namespace, settings: dict[str, PlainSettings], devices
 
 
 def _works(configurations: dict[str, T], devices: list[str]) -> dict[str, dict[str, T]]:
-    """Which configurations are done together, by name.
+    """Which configurations are done together, by what they are called.
 
-    On a CPU pictures are dear, and made once for all. On GPUs computing takes as long for a few clips as for many, so
-    each configuration is done by a process of its own.
+    Pictures are made once for what is done together, which is what counts on a CPU. On GPUs computing takes as long for
+    a few clips as for many, so there are as many groups as leave two processes to each.
     """
-    if len(devices) == 1 or devices[0] == "cpu":
-        return {"all": configurations}
-    return {name: {name: configuration} for name, configuration in configurations.items()}
+    count = max(1, min(len(configurations), len(devices) // 2))
+    if devices[0] == "cpu":
+        count = 1
+    names = [list(configurations)[first::count] for first in range(count)]
+    return {"+".join(some): {name: configurations[name] for name in some} for some in names}
 
 
 def _without_functions(args: argparse.Namespace) -> argparse.Namespace:
