@@ -56,7 +56,7 @@ for qkv, parts in (("*fp32", 2), ("*bf16", 1)):
     check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, **options)
 heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
-check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=3, **heads)
+check(triton_attention._attend, pointers + " i32" * 6 + " fp32", AHEAD=3, EARLY=3, **heads)
 check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=3)
 joined = {"HEADS": 16, "PADDED": 16, "DIM": 128, "SPLITS": 8, "LARGEST": 448.0, "FIXED": False, "EARLY": 3}
 check(triton_attention._join_round, "*fp32 *fp32 *bf16 *fp8e4nv *fp32 i32 fp32", **joined)
