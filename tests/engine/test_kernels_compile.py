@@ -52,7 +52,7 @@ check(triton_elementwise._rms_norm, pointers + " i32 i32 i32 i32 fp32", ADD=True
 heads = {"HEADS": 16, "KV_HEADS": 8, "DIM": 128, "TOGETHER": 8}
 for qkv, parts in (("*fp32", 2), ("*bf16", 1)):
     pointers = qkv + " *fp32 *fp32 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *i64 *bf16 *i64"
-    options = {"KEEP": False, "PARTS": parts, "UNSCALED": parts == 1, "EARLY": 3}
+    options = {"KEEP": True, "PARTS": parts, "UNSCALED": parts == 1, "EARLY": 3}
     check(triton_rotary._norm_rope_write, pointers + " fp32" + " i32" * 7, **heads, **options)
 heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"

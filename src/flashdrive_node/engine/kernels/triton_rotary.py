@@ -119,9 +119,9 @@ def _norm_rope_write(
         right_raw += tl.load(source + part * part_stride + HALF)
     if UNSCALED:
         factor = tl.load(token_scales + token)
-        place = row_scales + (first + lane) * DIM + column
-        left_raw = left_raw.to(tl.float32) * factor * tl.load(place)
-        right_raw = right_raw.to(tl.float32) * factor * tl.load(place + HALF)
+        factors = row_scales + (first + lane) * DIM + column
+        left_raw = left_raw.to(tl.float32) * factor * tl.load(factors)
+        right_raw = right_raw.to(tl.float32) * factor * tl.load(factors + HALF)
     rounded = q_out.dtype.element_ty
     left_raw, right_raw = left_raw.to(rounded), right_raw.to(rounded)
     slot = tl.load(slots + token)
