@@ -20,13 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.early_launch import fetch_ahead, follow, options
+from flashdrive_node.engine.kernels.early_launch import follow, options
 from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
 from flashdrive_node.engine.kernels.triton_round_rows import round_rows, row_scale, within
 from flashdrive_node.engine.kernels.visibility import Visible
 
-#: Blocks of slots that each of several programs has brought into the L2 cache before it waits for what is in front.
-AHEAD_BLOCKS = 0
 #: Larger than any slot.
 _FAR = tl.constexpr(2**30)
 _LOG2_E = 1.4426950408889634
@@ -154,7 +152,6 @@ def _attended(
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
-        AHEAD=AHEAD_BLOCKS if t.splits > 1 else 0,
         num_warps=t.warps,
         **options(q.device),
     )
@@ -217,7 +214,6 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One tile of rows of one key/value head, over one part of its blocks."""
@@ -225,11 +221,6 @@ def _attend(
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     head, split = tl.program_id(0), tl.program_id(2)
     lane = tl.arange(0, BLOCK)
-    for step in tl.static_range(AHEAD):
-        # Whatever is written meanwhile: the caches of a GPU have one truth, so this is but a hint.
-        early = head * kv_head + tl.minimum((split + step * SPLITS) * BLOCK + lane, slots - 1) * kv_slot
-        fetch_ahead(k_ptr + early, DIM, EARLY, 2 * DIM)
-        fetch_ahead(v_ptr + early, DIM, EARLY, 2 * DIM)
     follow(EARLY)
     row = tile * ROWS + tl.arange(0, ROWS)
     query = row // GROUP

@@ -15,13 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.early_launch import (
-    ahead_bytes,
-    fetch_ahead,
-    let_next_launch,
-    options,
-    wait_for_writes,
-)
+from flashdrive_node.engine.kernels.early_launch import options, wait_for_writes
 from flashdrive_node.engine.kernels.triton_linear import Tiling
 from flashdrive_node.engine.kernels.triton_round_rows import SECOND_TERM
 
@@ -77,7 +71,6 @@ def byte_parts(
         BLOCK=t.block,
         SPLITS=t.splits,
         STAGES=t.stages,
-        AHEAD=ahead_bytes(weight),
         num_warps=t.warps,
         **options(x.device),
     )
@@ -100,10 +93,8 @@ def _byte_linear(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    let_next_launch(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     token = tl.arange(0, COUNT)
@@ -113,8 +104,6 @@ def _byte_linear(
     # What lies behind the end repeats the last row or token instead of being masked: its sums are not stored.
     known_row = tl.minimum(row, out_size - 1).to(tl.int64)
     known_token = tl.minimum(token, count - 1)
-    if begin < size:
-        fetch_ahead(weight + known_row * size + begin, tl.minimum(share, size - begin), EARLY, AHEAD)
     wait_for_writes(EARLY)
     acc = tl.zeros([ROWS, COUNT], tl.int32 if TERMS == 2 else tl.float32)
     rest = acc

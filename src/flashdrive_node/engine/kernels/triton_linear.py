@@ -17,14 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
-from flashdrive_node.engine.kernels.early_launch import (
-    ahead_bytes,
-    fetch_ahead,
-    follow,
-    let_next_launch,
-    options,
-    wait_for_writes,
-)
+from flashdrive_node.engine.kernels.early_launch import follow, options, wait_for_writes
 from flashdrive_node.engine.kernels.parts import is_parts
 
 
@@ -102,7 +95,6 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, t: Tiling, gated: bool) -> N
         SPLITS=t.splits,
         STAGES=t.stages,
         GATED=gated,
-        AHEAD=ahead_bytes(weight),
         num_warps=t.warps,
         **options(x.device),
     )
@@ -122,10 +114,8 @@ def _linear(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    let_next_launch(EARLY)
     tile = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -139,8 +129,6 @@ def _linear(
         row = tl.minimum(tile * (ROWS // 2) + lane // 2, out_size - 1) + lane % 2 * out_size
     else:
         row = tl.minimum(tile * ROWS + lane, out_size - 1)
-    if begin < size:
-        fetch_ahead(weight + row * size + begin, tl.minimum(share, size - begin), EARLY, AHEAD)
     wait_for_writes(EARLY)
     w_row = weight + row[:, None] * size
     for at in tl.range(begin, tl.minimum(begin + share, size), BLOCK, num_stages=STAGES):
