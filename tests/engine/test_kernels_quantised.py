@@ -434,10 +434,10 @@ def test_a_layer_is_what_its_module_is(kind: str, tokens: int) -> None:
             results.append((total, project(rows, gate_up), project(gated_project(hidden, gate_up, down), down)))
             assert isinstance(rows, Tensor) is (backend == "reference" or kind == "rotations of their own")
     for found, expected in zip(*results, strict=True):
-        # Values that fall to another side when they are rounded, in the second product those of the first among them: in
-        # bfloat16, whose steps are an eighth of those of e4m3 at the least, more of them than in float16.
+        # Values that fall to another side when they are rounded, in the second product those of the first among them;
+        # in the bfloat16 of GPUs, whose steps are an eighth of those of e4m3 and more, it is more of them.
         error = (found.double() - expected.double()).norm() / expected.double().norm()
-        assert float(error) < (1e-2 if DTYPE == torch.float16 else 2e-2)
+        assert float(error) < (1e-2 if DEVICE.type == "cpu" else 2e-2)
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
