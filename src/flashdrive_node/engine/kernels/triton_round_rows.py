@@ -125,7 +125,7 @@ def _run(
         FIXED=form.scale is not None,
         STRETCH=stretch,
         STRETCHES=number,
-        num_warps=min(16, max(1, stretch // 512)),
+        num_warps=min(16, max(1, stretch // 256)),
         **options(x.device),
     )
     return QuantisedRows(values, scales, None, x.dtype)
