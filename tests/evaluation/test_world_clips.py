@@ -68,3 +68,9 @@ def test_scenes_that_the_expert_does_not_master_are_named(monkeypatch: pytest.Mo
 def test_bad_requests(change: dict) -> None:
     with pytest.raises(InputError, match="are required, found"):
         WorldClips(**({"split": "test", "indices": range(1)} | change))
+
+
+def test_pictures_are_compiled_on_gpus_alone() -> None:
+    given = {device: WorldClips("test", range(1), device=device).compiled for device in ("cpu", "cuda", "cuda:1")}
+    assert given == {"cpu": False, "cuda": True, "cuda:1": True}
+    assert not WorldClips("test", range(1), device="cuda", compiled=False).compiled

@@ -38,7 +38,7 @@ class WorldClips:
         windows: int = PROTOCOL_WINDOWS,
         size: tuple[int, int] = (160, 288),
         device: torch.device | str = "cpu",
-        compiled: bool = False,
+        compiled: bool | None = None,
     ):
         """Keep what is needed to drive.
 
@@ -48,7 +48,7 @@ class WorldClips:
             windows: Of a clip.
             size: Height and width of the pictures, pixels.
             device: Where to render.
-            compiled: See `world.render.render`.
+            compiled: See `world.render.render`; by default on GPUs, where it is many times as fast.
 
         Raises:
             InputError: Unknown split, clips without windows, or a size that cannot be rendered.
@@ -61,7 +61,8 @@ class WorldClips:
         self.name = f"world {split}:{indices.start}-{indices.stop - 1}"
         self.camera_indices = tuple(camera.index for camera in CAMERAS)
         self.split, self.indices, self.windows = split, indices, windows
-        self.size, self.device, self.compiled = size, torch.device(device), compiled
+        self.size, self.device = size, torch.device(device)
+        self.compiled = self.device.type == "cuda" if compiled is None else compiled
 
     def __len__(self) -> int:
         return len(self.indices)
