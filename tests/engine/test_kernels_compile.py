@@ -19,6 +19,7 @@ from flashdrive_node.engine.kernels import (
     triton_byte_linear,
     triton_elementwise,
     triton_int4_linear,
+    triton_join,
     triton_linear,
     triton_rotary,
     triton_rotate_quantise,
@@ -57,9 +58,9 @@ for qkv, parts in (("*fp32", 2), ("*bf16", 1)):
 heads = {"GROUP": 4, "HEADS": 32, "DIM": 128, "SPANS": 2, "ROWS": 32, "BLOCK": 64, "SPLITS": 16, "STAGES": 3}
 pointers = "*bf16 *bf16 *bf16 *i64 *i64 *bf16 *fp32 *fp32"
 check(triton_attention._attend, pointers + " i32" * 6 + " fp32", EARLY=True, **heads)
-check(triton_attention._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=True)
+check(triton_join._join, "*fp32 *fp32 *bf16 i32", DIM=128, SPLITS=16, PADDED=16, EARLY=True)
 joined = {"HEADS": 16, "PADDED": 16, "DIM": 128, "SPLITS": 8, "LARGEST": 448.0, "FIXED": False, "EARLY": True}
-check(triton_attention._join_round, "*fp32 *fp32 *bf16 *fp8e4nv *fp32 i32 fp32", **joined)
+check(triton_join._join_round, "*fp32 *fp32 *bf16 *fp8e4nv *fp32 i32 fp32", **joined)
 tile = {"ROWS": 16, "COLUMNS": 32}
 features = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32"
 check(triton_waypoints._features, features, CHANNELS=2, FREQUENCIES=10, EARLY=True, **tile)

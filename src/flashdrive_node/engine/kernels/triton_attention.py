@@ -1,4 +1,4 @@
-"""Attention of a few queries to many slots in Triton: the slots are split among programs, then the parts are joined.
+"""Attention of a few queries to many slots in Triton: the slots are split among programs (see `triton_join`).
 
 The query heads that share a key/value head are rows of one tile, so keys and values are read once per tile and the
 products run on matrix units. A tile walks over blocks of slots that some of its rows see: first blocks below every
@@ -12,7 +12,6 @@ on the device from limits and spans.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from flashdrive_node.engine.kernels.backend import multiprocessors
 from flashdrive_node.engine.kernels.early_launch import follow, options
-from flashdrive_node.engine.kernels.row_formats import LARGEST, QuantisedRows, RowFormat
-from flashdrive_node.engine.kernels.triton_round_rows import round_rows, row_scale, within
+from flashdrive_node.engine.kernels.row_formats import QuantisedRows, RowFormat
+from flashdrive_node.engine.kernels.triton_join import Shares, join, join_round
+from flashdrive_node.engine.kernels.triton_round_rows import round_rows
 from flashdrive_node.engine.kernels.visibility import Visible
 
 #: Larger than any slot.
@@ -56,76 +56,28 @@ def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) 
 def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None) -> Tensor:
     """See `attention.attend_visible`; `chosen` replaces the tiling, for measurements."""
     found = _attended(q, keys, values, visible, chosen)
-    if not isinstance(found, _Parts):
-        return found
-    tokens, heads, dim = q.shape
-    out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
-    splits = len(found.sums)
-    _join[(tokens * heads,)](
-        found.parts,
-        found.sums,
-        out,
-        tokens * heads,
-        DIM=dim,
-        SPLITS=splits,
-        PADDED=triton.next_power_of_2(splits),
-        num_warps=triton.next_power_of_2(triton.cdiv(splits, 16)),
-        **options(q.device),
-    )
-    return out
+    return join(found, q) if isinstance(found, Shares) else found
 
 
 def attend_round(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, form: RowFormat) -> QuantisedRows:
-    """`attend_visible` in a form without groups: what joins the parts rounds them, if there are any."""
+    """`attend_visible` in a form without groups."""
     found = _attended(q, keys, values, visible)
-    if not isinstance(found, _Parts):
-        return round_rows(found, form)
-    tokens, heads, dim = q.shape
-    rounded = torch.empty(tokens, heads * dim, dtype=form.dtype, device=q.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=q.device)
-    padded = triton.next_power_of_2(heads)
-    _join_round[(tokens,)](
-        found.parts,
-        found.sums,
-        q,
-        rounded,
-        scales,
-        tokens * heads,
-        form.scale or 0.0,
-        HEADS=heads,
-        PADDED=padded,
-        DIM=dim,
-        SPLITS=len(found.sums),
-        LARGEST=LARGEST[form.dtype],
-        FIXED=form.scale is not None,
-        num_warps=min(16, max(1, padded * dim // 256)),
-        **options(q.device),
-    )
-    return QuantisedRows(rounded, scales, None, q.dtype)
-
-
-class _Parts(NamedTuple):
-    """What programs that share the slots found: float32 means, and log2 of their sums of exponentials."""
-
-    #: [splits, tokens * heads, head_dim].
-    parts: Tensor
-    #: [splits, tokens * heads].
-    sums: Tensor
+    return join_round(found, q, form) if isinstance(found, Shares) else round_rows(found, form)
 
 
 def _attended(
     q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None
-) -> Tensor | _Parts:
+) -> Tensor | Shares:
     tokens, heads, dim = q.shape
     kv_heads, slots, _ = keys.shape
     group = heads // kv_heads
     t = chosen or tiling(tokens, group, kv_heads, slots, multiprocessors(q.device))
     if t.splits == 1:
         out = torch.empty(tokens, heads * dim, dtype=q.dtype, device=q.device)
-        found = _Parts(out, out)  # unused
+        found = Shares(out, out)  # unused
     else:
         out = q  # unused
-        found = _Parts(
+        found = Shares(
             torch.empty(t.splits, tokens * heads, dim, dtype=torch.float32, device=q.device),
             torch.empty(t.splits, tokens * heads, dtype=torch.float32, device=q.device),
         )
@@ -286,60 +238,3 @@ def _attend(
         tl.store(
             sums + split * tokens * HEADS + out_row, top * scale + tl.log2(tl.where(total > 0, total, 1.0)), mask=valid
         )
-
-
-@triton.jit
-def _join(parts, sums, out, rows, DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):
-    """Mean of one row's parts, weighted by their sums of exponentials."""
-    follow(EARLY)
-    row = tl.program_id(0)
-    split, column = tl.arange(0, PADDED), tl.arange(0, DIM)
-    sum_ = tl.load(sums + split * rows + row, mask=split < SPLITS, other=float("-inf"))
-    top = tl.max(sum_, 0)
-    weight = tl.exp2(sum_ - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total > 0, total, 1.0)
-    place = (split[:, None] * rows + row) * DIM + column[None, :]
-    part = tl.load(parts + place, mask=(split < SPLITS)[:, None], other=0.0)
-    tl.store(out + row * DIM + column, tl.sum(part * weight[:, None], 0).to(out.dtype.element_ty))
-
-
-@triton.jit
-def _join_round(
-    parts,
-    sums,
-    like,
-    rounded,
-    scales,
-    rows,
-    fixed,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LARGEST: tl.constexpr,
-    FIXED: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """All heads of a token as in `_join`, rounded to the type of `like` and then to 8-bit floats."""
-    follow(EARLY)
-    token = tl.program_id(0)
-    head, column = tl.arange(0, PADDED), tl.arange(0, DIM)
-    row, known = token * HEADS + head, head < HEADS
-    top = tl.full([PADDED], float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        top = tl.maximum(top, tl.load(sums + split * rows + row, mask=known, other=float("-inf")))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([PADDED], tl.float32)
-    acc = tl.zeros([PADDED, DIM], tl.float32)
-    for split in tl.static_range(SPLITS):
-        weight = tl.exp2(tl.load(sums + split * rows + row, mask=known, other=float("-inf")) - base)
-        place = (split * rows + row)[:, None] * DIM + column[None, :]
-        total += weight
-        acc += weight[:, None] * tl.load(parts + place, mask=known[:, None], other=0.0)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    y = acc.to(like.dtype.element_ty).to(tl.float32)
-    scale = row_scale(tl.max(tl.abs(y), 1), tl.sum(y * 0.0, 1), fixed, LARGEST, FIXED)
-    tl.store(scales + token, scale)
-    place = rounded + row[:, None] * DIM + column[None, :]
-    tl.store(place, within(y, scale, LARGEST).to(rounded.dtype.element_ty), mask=known[:, None])
