@@ -45,20 +45,7 @@ def spread(work: Work[Result], indices: Sequence[int], devices: Sequence[str], t
         devices: torch devices; a single one works in this process.
         title: Of the progress bars.
     """
-    devices = devices[: max(len(indices), 1)]
-    if len(devices) == 1:
-        return list(_shard(work, indices, devices[0], title, 0))
-    ends = [round(len(indices) * i / len(devices)) for i in range(len(devices) + 1)]
-    # A process that holds a GPU cannot be forked. Each takes its share of the cores, and no more.
-    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(devices))
-    with ProcessPoolExecutor(
-        len(devices), mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        parts = [
-            pool.submit(_shard, work, indices[first:last], device, f"{title} {device}", number)
-            for number, (device, first, last) in enumerate(zip(devices, ends[:-1], ends[1:], strict=True))
-        ]
-        return [result for part in parts for result in part.result()]
+    return spread_each({"": work}, indices, devices, title)
 
 
 def spread_each(
@@ -78,19 +65,20 @@ def spread_each(
     Returns:
         Results work by work, each in the order of its scenes.
     """
-    if len(devices) == 1:
-        titled = [(f"{title} {name}", work) for name, work in works.items()]
+    if len(devices) == 1 or len(works) * len(indices) <= 1:
+        titled = [(f"{title} {name}".strip(), work) for name, work in works.items()]
         return [result for name, work in titled for result in _shard(work, indices, devices[0], name, 0)]
     parts = min(max(1, len(devices) // len(works)), max(len(indices), 1))
     ends = [round(len(indices) * i / parts) for i in range(parts + 1)]
     runs = [indices[first:last] for first, last in itertools.pairwise(ends)]
+    # A process that holds a GPU cannot be forked. Each takes its share of the cores, and no more.
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // len(devices))
     free = context.Queue()
     for device in devices:
         free.put(device)
     with ProcessPoolExecutor(len(devices), mp_context=context, initializer=_settle, initargs=(free, threads)) as pool:
         jobs = [
-            pool.submit(_job, work, run, f"{title} {name}", number)
+            pool.submit(_job, work, run, f"{title} {name}".strip(), number)
             for number, ((name, work), run) in enumerate(itertools.product(works.items(), runs))
         ]
         return [result for job in jobs for result in job.result()]
