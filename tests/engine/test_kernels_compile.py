@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from support.kernel_launches import record
+
 pytest.importorskip("triton", reason="the kernels need the triton package")
 
 #: Compiles one kernel: types of its arguments, and the numbers that the release's dimensions put in.
@@ -105,3 +107,14 @@ def test_kernels_compile_for_a_gpu():
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_of_the_quantised_presets_compile(tmp_path, monkeypatch):
+    """In every way in which the engine launches them."""
+    launches = tmp_path / "launches.json"
+    assert record(["fp8", "w4a8"], launches, monkeypatch) > 30
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(("tests", environment.get("PYTHONPATH", "")))
+    command = [sys.executable, "-m", "support.kernel_launches", str(launches)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
