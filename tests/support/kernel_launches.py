@@ -75,7 +75,7 @@ def _described(function: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
             types[name] = "*" + _TYPES[value.dtype]
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
-    traits = {k: v if isinstance(v, bool) or v < 3 else 3 for k, v in constants.items()}
+    traits = {k: v if isinstance(v, bool) else min(v, 2) for k, v in constants.items()}
     kernel = [function.__module__, function.__name__]
     return {
         "kernel": kernel, "types": types, "constants": constants, "traits": traits,
