@@ -70,8 +70,9 @@ def test_action_stage(samples: int) -> None:
             noise = torch.randn(samples, 5, 2, generator=seeded(2)).to(DEVICE)
             flow.start(waypoints, noise, 8.0, 0.5)
             results.append(flow.finish())
-    # The error estimate is the difference of two velocities, which are rounded to bfloat16 each and larger than it.
-    for found, expected, share in zip(*results, (0.02, 0.06), strict=True):
+    # The error estimate is a difference of two velocities: in bfloat16 rounding alone moves it by up to 0.02, and the
+    # path by 0.0005 (against float32, 64 runs), on each of the two sides.
+    for found, expected, share in zip(*results, (0.005, 0.02 if DEVICE.type == "cpu" else 0.04), strict=True):
         assert_near(found, expected, share)
 
 
