@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TABLES,
         default=["kernels"],
-        help="kernels: ours beside PyTorch's; formats: products in bf16, fp8, int8 and 4 bits; tilings: of those in "
-        "bf16 and in 4 bits, and of attention (default: kernels)",
+        help="kernels: ours beside PyTorch's; formats: products in bf16, fp8, int8 and 4 bits, with those of "
+        "humming-kernels where it is installed; tilings: of those in bf16 and in 4 bits, and of attention "
+        "(default: kernels)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write TABLE.json, TABLE.md and a picture of each")
 
@@ -84,10 +85,14 @@ def _formats(
     config: AlpamayoConfig, device: torch.device, repeats: int, conditions: dict[str, str], title: str
 ) -> _Table:
     from flashdrive_node.evaluation.format_cases import FORMATS, format_cases  # needs the triton package
+    from flashdrive_node.evaluation.humming_cases import HUMMING, Humming
 
-    times = measure_formats(format_cases(config, device, torch.bfloat16), device, repeats)
-    picture = format_figure(times, FORMATS, title)
-    return _Table(format_markdown(times, FORMATS), format_json(times, conditions), picture)
+    humming = Humming()
+    times = measure_formats(format_cases(config, device, torch.bfloat16, humming), device, repeats)
+    columns = [*FORMATS, *(name for name in HUMMING if any(name in t.us for t in times))]
+    text = "\n\n".join((format_markdown(times, columns), *humming.notes()))
+    content = format_json(times, conditions | {"humming-kernels": "; ".join(humming.notes())})
+    return _Table(text, content, format_figure(times, columns, title))
 
 
 def _tilings(

@@ -21,6 +21,7 @@ from flashdrive_node.engine.kernels.row_formats import QuantisedRows, Rotation, 
 from flashdrive_node.engine.kernels.triton_byte_linear import byte_parts
 from flashdrive_node.engine.kernels.triton_int4_linear import int4_parts
 from flashdrive_node.engine.kernels.triton_linear import Tiling
+from flashdrive_node.evaluation.humming_cases import HUMMING, Humming, HummingProducts
 from flashdrive_node.evaluation.random_quantised import fill_random, random_four_bits
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.fp8 import E4M3, Fp8Linear
@@ -88,15 +89,22 @@ def matrices(config: AlpamayoConfig) -> list[Matrix]:
     return found
 
 
-def format_cases(config: AlpamayoConfig, device: torch.device, dtype: torch.dtype) -> Iterator[FormatCase]:
-    """Every case, its buffers allocated when it is asked for. Arguments as in `kernel_cases`."""
+def format_cases(
+    config: AlpamayoConfig, device: torch.device, dtype: torch.dtype, humming: Humming | None = None
+) -> Iterator[FormatCase]:
+    """Every case, its buffers allocated when it is asked for.
+
+    Args:
+        config, device, dtype: As in `kernel_cases`.
+        humming: Adds the columns `HUMMING` as far as the package can compute them, and is told where it cannot.
+    """
     generator = torch.Generator(device).manual_seed(0)
     text = config.text
     for tokens in TEXT_TOKENS:
         yield _norm_case(text.hidden_size, tokens, dtype, generator)
         yield _gate_case(text.intermediate_size, tokens, dtype, generator)
     for matrix in matrices(config):
-        yield from _product_cases(matrix, dtype, generator)
+        yield from _product_cases(matrix, dtype, generator, humming)
 
 
 def tiling_cases(config: AlpamayoConfig, device: torch.device, dtype: torch.dtype) -> Iterator[FormatCase]:
@@ -158,7 +166,9 @@ def _row_formats(size: int, dtype: torch.dtype, generator: torch.Generator) -> d
     return forms
 
 
-def _product_cases(matrix: Matrix, dtype: torch.dtype, generator: torch.Generator) -> Iterator[FormatCase]:
+def _product_cases(
+    matrix: Matrix, dtype: torch.dtype, generator: torch.Generator, humming: Humming | None
+) -> Iterator[FormatCase]:
     device = generator.device
     plain = [_normal(generator, dtype, matrix.rows, matrix.columns) for _ in range(_copies(matrix, dtype.itemsize))]
     fp8 = _rowwise(Fp8Linear, matrix, dtype, generator) if has_fp8(device) and matrix.kind != "head" else []
@@ -167,15 +177,18 @@ def _product_cases(matrix: Matrix, dtype: torch.dtype, generator: torch.Generato
     weight_bytes = {"bf16": plain[0].nbytes, "bf16 own": plain[0].nbytes}
     weight_bytes |= dict.fromkeys(("fp8", "fp8 own", "int8 own"), matrix.rows * matrix.columns)
     if paro:
-        weight_bytes |= dict.fromkeys(("w4a16", "w4a8"), sum(t.nbytes for t in paro[0].packed))
+        weight_bytes |= dict.fromkeys(("w4a16", "w4a8", *HUMMING), sum(t.nbytes for t in paro[0].packed))
+    others = HummingProducts(humming, _title(matrix), [w.packed for w in paro], generator) if humming else None
     for tokens in matrix.tokens:
         x = _normal(generator, dtype, tokens, matrix.columns)
         calls: dict[str, Calls] = {"bf16": [partial(functional.linear, x, w) for w in plain]}
         if tokens <= MAX_ROWS:
             calls["bf16 own"] = [partial(skinny_linear, x, w) for w in plain]
             calls["int8 own"] = [partial(project, x, layer) for layer in int8]
+        inputs = []
         if fp8:
             rows = quantise(x, RowFormat(E4M3))
+            inputs.append(rows)
             assert rows.scales is not None
             calls["fp8"] = [partial(layer.product, rows.values, rows.scales[:, None], dtype) for layer in fp8]
             if tokens <= MAX_ROWS:
@@ -183,7 +196,10 @@ def _product_cases(matrix: Matrix, dtype: torch.dtype, generator: torch.Generato
         for name, kind in (("w4a16", dtype), ("w4a8", torch.int8)):
             if paro:
                 rows = quantise(x, _turned(paro[0], kind))
+                inputs.append(rows)
                 calls[name] = [partial(_four_bit_product, rows, layer.packed) for layer in paro]
+        if others and paro:
+            calls |= others.calls(inputs)
         yield FormatCase(_title(matrix), tokens, {name: c for name, c in calls.items() if c}, weight_bytes)
 
 
