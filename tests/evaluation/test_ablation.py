@@ -14,12 +14,12 @@ from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.evaluation.ablation import DRIVES, LATENCY, SAME_AS, read_ablation
 from flashdrive_node.evaluation.ablation_report import markdown, write_ablation
-from flashdrive_node.evaluation.ablation_runs import ConfiguredDrives, read_drives, same_as, write_drives
+from flashdrive_node.evaluation.ablation_runs import PARTS, ConfiguredDrives, read_drives, same_as, write_drives
 from flashdrive_node.evaluation.clip_scores import ClipScores, WindowScore
 from flashdrive_node.evaluation.closed_loop_run import RunSettings, SceneRow
 from flashdrive_node.evaluation.evaluation import ResultFolder
 from flashdrive_node.evaluation.lockstep import LockstepWork
-from flashdrive_node.model.errors import InputError
+from flashdrive_node.model.errors import InputError, ModelError
 
 PLAIN = PlainSettings("none", device="cpu")
 STREAMING = StreamingSettings("none", device="cpu", stream=StreamSettings("features"))
@@ -112,9 +112,27 @@ def test_other_scenes_and_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_work_can_be_sent_to_other_processes(tmp_path: Path) -> None:
-    works = [
-        LockstepWork({"plain": (PLAIN, tmp_path)}, partial(clip_source, None), 8),
-        ConfiguredDrives({"kv": replace(STREAMING, stream=StreamSettings("kv"))}, RunSettings(seconds=2.0), (288, 160)),
-    ]
+    drives = ConfiguredDrives(
+        {"kv": replace(STREAMING, stream=StreamSettings("kv"))}, RunSettings(seconds=2.0), (288, 160), {"kv": {}}, {}
+    )
+    works = [LockstepWork({"plain": (PLAIN, tmp_path)}, partial(clip_source, None), 8), drives]
     assert [pickle.loads(pickle.dumps(work)) for work in works][1] == works[1]
     assert [work.total(range(3)) for work in works] == [3, 20]
+
+
+def test_drives_that_are_done_are_not_driven_again(tmp_path: Path) -> None:
+    """A checkpoint that does not exist would be noticed."""
+    described = {"scenes": 3}
+    work = ConfiguredDrives(
+        {"kv": STREAMING}, RunSettings(seconds=2.0), (288, 160), {"kv": described}, {"kv": tmp_path / "kv"}
+    )
+    rows = [row(4, off_road=False, progress=0.5), row(5, off_road=True, progress=0.2)]
+    path = tmp_path / "kv" / PARTS / "4-5.json"
+    path.parent.mkdir(parents=True)
+    write_drives(path, described, rows)
+    steps: list[int] = []
+    assert work([4, 5], "cpu", steps.append) == [("kv", one) for one in rows]
+    assert steps == [20]
+    write_drives(path, {"scenes": 2}, rows)
+    with pytest.raises(ModelError, match="none"):
+        work([4, 5], "cpu", steps.append)

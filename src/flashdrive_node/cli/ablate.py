@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from flashdrive_node.cli.evaluate import answer_clips
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.ablation import DRIVES, LATENCY, SAME_AS, read_ablation
 from flashdrive_node.evaluation.ablation_report import markdown, write_ablation
-from flashdrive_node.evaluation.ablation_runs import ConfiguredDrives, read_drives, same_as, write_drives
+from flashdrive_node.evaluation.ablation_runs import PARTS, ConfiguredDrives, read_drives, same_as, write_drives
 from flashdrive_node.evaluation.clip import PROTOCOL_WINDOWS
 from flashdrive_node.evaluation.closed_loop_run import RunSettings
 from flashdrive_node.evaluation.devices import devices_of, spread_each
@@ -144,10 +145,15 @@ def _drive(args: argparse.Namespace, settings: dict[str, PlainSettings], devices
     todo = {n: s for n, s in settings.items() if read_drives(args.out / n / DRIVES, described[n]) is None}
     if not todo:
         return
-    works = {n: ConfiguredDrives(some, run_settings, (width, height)) for n, some in _works(todo, devices).items()}
+    # Every drive has pictures of its own, so nothing is gained by doing configurations together.
+    works = {
+        n: ConfiguredDrives({n: s}, run_settings, (width, height), described, {n: args.out / n})
+        for n, s in todo.items()
+    }
     driven = spread_each(works, indices, devices, "closed loop")
     for name in todo:
         write_drives(args.out / name / DRIVES, described[name], [row for other, row in driven if other == name])
+        shutil.rmtree(args.out / name / PARTS)
 
 
 def _works(configurations: dict[str, T], devices: list[str]) -> dict[str, dict[str, T]]:

@@ -14,6 +14,9 @@ from flashdrive_node.evaluation.devices import Progress
 from flashdrive_node.evaluation.policies import MODEL, weights_of
 from flashdrive_node.model.errors import InputError
 
+#: Folder of a configuration's drives of some scenes.
+PARTS = "closed_loop.parts"
+
 
 def function_of(settings: PlainSettings) -> Hashable:
     """Equal for settings that answer alike: features that are kept and guesses that are checked change nothing.
@@ -40,6 +43,10 @@ class ConfiguredDrives:
     run: RunSettings
     #: Width and height of the pictures.
     size: tuple[int, int]
+    #: Per configuration what its drives depend on, and the folder that takes those of some scenes when they are done,
+    #: so that a run that is cut goes on behind them.
+    described: Mapping[str, Mapping[str, Any]]
+    folders: Mapping[str, Path]
 
     def _work(self, name: str) -> ClosedLoopWork:
         # One plan is driven, and so one is made.
@@ -51,7 +58,19 @@ class ConfiguredDrives:
 
     def __call__(self, indices: Sequence[int], device: str, progress: Progress) -> list[tuple[str, SceneRow]]:
         """Name of the configuration and a row, for every configuration and scene."""
-        return [(name, row) for name in self.configurations for _, row in self._work(name)(indices, device, progress)]
+        return [(name, row) for name in self.configurations for row in self._driven(name, indices, device, progress)]
+
+    def _driven(self, name: str, indices: Sequence[int], device: str, progress: Progress) -> list[SceneRow]:
+        described, work = self.described[name], self._work(name)
+        path = self.folders[name] / PARTS / f"{indices[0]}-{indices[-1]}.json"
+        rows = read_drives(path, described)
+        if rows is not None:
+            progress(work.total(indices))
+            return rows
+        rows = [row for _, row in work(indices, device, progress)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_drives(path, described, rows)
+        return rows
 
 
 def write_drives(path: Path, settings: Mapping[str, Any], rows: Sequence[SceneRow]) -> None:
