@@ -23,6 +23,7 @@ from flashdrive_node.engine.kernels import (
     triton_int4_linear,
     triton_join,
     triton_linear,
+    triton_patches,
     triton_rotary,
     triton_rotate_quantise,
     triton_round_rows,
@@ -47,6 +48,10 @@ check(triton_vision._rotate, "*bf16 *fp32 *fp32 i32", **heads, EARLY=True)
 for out, form in (("*bf16", {"LARGEST": 0.0, "FIXED": False}), ("*fp8e4nv", {"LARGEST": 448.0, "FIXED": False})):
     types = "*bf16 " * 5 + out + " *fp32 i32 i32 i32 fp32 fp32"
     check(triton_vision._layer_norm, types, ADD=True, PADDED=2048, EARLY=True, **form)
+resize = {"TAPS": 15, "BITS": 16, "CHANNELS": 3, "EARLY": True}
+check(triton_patches._columns, "*u8 *i32 *i32 *u8" + " i32" * 7, BLOCK=512, **resize)
+cut = {"PATCH": 16, "MERGE": 2, "TEMPORAL": 2, "BLOCK": 1024}
+check(triton_patches._rows, "*u8 *i32 *i32 *bf16 *bf16 i32 i32 i32", **cut, **resize)
 tile = {"COUNT": 64, "ROWS": 64, "BLOCK": 128, "STAGES": 3}
 check(triton_linear._linear, "*bf16 *bf16 *bf16 i32 i32 i32", **tile, SPLITS=1, GATED=True, EARLY=True)
 check(triton_linear._linear, "*bf16 *bf16 *fp32 i32 i32 i32", **tile, SPLITS=4, GATED=False, EARLY=False)

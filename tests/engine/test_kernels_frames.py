@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,11 @@ from torch.nn import functional
 
 from flashdrive_node.engine.kernels.ageing import age, age_reference, chained
 from flashdrive_node.engine.kernels.backend import forced
+from flashdrive_node.engine.kernels.patches import Taps, frame_patches
 from flashdrive_node.engine.kernels.vision import add_layer_norm, gelu_linear, layer_norm, rotate_queries_and_keys
-from support.kernel_inputs import DEVICE, assert_close, draw, seeded
+from flashdrive_node.model.images import integer_weights, patch_rows
+from flashdrive_node.model.presets import alpamayo_1_5_10b
+from support.kernel_inputs import DEVICE, DTYPE, assert_close, draw, seeded
 
 pytest.importorskip("triton", reason="the kernels need the triton package")
 
@@ -54,6 +59,44 @@ def test_gelu_behind_a_product():
     x, weight, bias = draw(random, 5, 64), draw(random, 48, 64) / 8, draw(random, 48)
     exact = functional.gelu(functional.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     assert_close(gelu_linear(x, weight, bias), exact, ulps=4)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(20, 70),
+    width=st.integers(20, 70),
+    pixels=st.sampled_from([1024, 4096]),
+    layout=st.sampled_from(["rows of pixels", "planes", "stretch of wider frames"]),
+    hard=st.booleans(),
+)
+def test_patches_of_frames(seed, height, width, pixels, layout, hard):
+    """Bit for bit those of the native kernel on the CPU, on which hard edges overshoot most."""
+    config = replace(alpamayo_1_5_10b(), min_pixels=pixels // 2, max_pixels=pixels)
+    frames = torch.randint(0, 256, (1 if pixels > 2000 else 2, height, width, 3), generator=seeded(seed), dtype=torch.uint8)
+    if hard:
+        frames = (frames > 127).to(torch.uint8) * 255
+    expected, grid = patch_rows(frames.permute(0, 3, 1, 2), config, DTYPE)
+    given_ = frames.to(DEVICE).permute(0, 3, 1, 2)
+    if layout == "planes":
+        given_ = given_.contiguous()
+    elif layout == "stretch of wider frames":
+        given_ = functional.pad(given_, (3, 5))[..., 3:-5]
+    with forced("triton"):
+        found, found_grid = frame_patches(given_, config, DTYPE)
+    assert found_grid == grid
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(1080, 320), (1920, 576), (160, 320), (37, 64), (64, 64), (3, 32)])
+def test_taps_are_the_weights_without_zeros(size_in, size_out):
+    matrix, bits = integer_weights(size_in, size_out)
+    found = Taps(size_in, size_out, torch.device("cpu"))
+    assert found.bits == bits
+    for row, first, weights in zip(matrix, found.first.tolist(), found.weights.T.numpy(), strict=True):
+        inside = weights[: size_in - first]
+        assert (row[first : first + len(inside)] == inside).all()
+        assert row.sum() == weights.sum()
 
 
 #: Where frames of two cameras go: one new frame, two, one that came late, none in the second camera.

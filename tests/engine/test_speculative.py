@@ -83,9 +83,12 @@ class Prompted:
         closing: int | None = CLOSING,
         script: Script | None = None,
         skip: SkipRule | None = None,
+        ahead: bool | None = None,
     ) -> TextDecoder:
         draft = None if propose is None else DraftRule(propose, LAYERS, block, len(self.states), closing, None, skip)
-        return TextDecoder(self.model, self.context.cache, rows, settings, RULE, draft, script=script)
+        return TextDecoder(
+            self.model, self.context.cache, rows, settings, RULE, draft, script=script, guess_ahead=ahead
+        )
 
     def speculate(
         self,
@@ -262,6 +265,53 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
         assert alone.rows() == [script]
         expected = inference.velocity_field(model, prompted.context, alone)(x[row : row + 1], t)
         torch.testing.assert_close(together[row : row + 1], expected, **CLOSE)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.integers(1, 3), block=st.integers(2, 6), seed=st.integers(0, 9999), skips=st.booleans())
+def test_guessing_ahead_changes_nothing(rows, block, seed, skips):
+    """A block more is guessed, behind the text's end."""
+    model = talking_model(seed)
+    prompted = Prompted(model, seed, rows, 10, block, 2)
+    sampling = SamplingSettings(temperature=1.2, max_length=10)
+    found, slots, guessed = [], [], []
+    for ahead in (False, True):
+        draw, blocks = random.Random(seed), [0]
+
+        def propose(known: Tensor, states: Tensor, place: Tensor, draw=draw, blocks=blocks) -> Tensor:
+            blocks[0] += 1
+            return torch.tensor([[draw.choice([*WORDS, CLOSING]) for _ in range(block - 1)] for _ in known])
+
+        skip = unsteady(propose, block, seed) if skips else None
+        decoder = prompted.decoder(propose, block, sampling, rows, skip=skip, ahead=ahead)
+        generator = torch.Generator().manual_seed(seed)
+        said = decoder.decode(prompted.clear(), prompted.logits, prompted.states, generator)
+        found.append((said.text.rows(), said.slots, said.rounds, said.blocks, said.routine))
+        first, _ = decoder.stretches(prompted.context)
+        cache = prompted.context.cache
+        slots.append([cache.keys[:, :, a : a + n].clone() for a, n in zip(first, said.slots, strict=True)])
+        guessed.append(blocks[0] - said.rounds)
+    assert found[0] == found[1]
+    assert guessed == [0, 1]
+    for a, b in zip(*slots, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_text_that_closes_inside_a_block_takes_no_further_pass():
+    """A script like the benchmark's: three rounds of five tokens, the stop token guessed behind the closing one."""
+    model = talking_model(1)
+    prompted = Prompted(model, 1, 1, 17, 8, 1)
+    script = Script(torch.tensor([[WORDS[0]] * 14 + [CLOSING, STOP]]), gain=5)
+    passes: list[str] = []
+    decoder = prompted.decoder(
+        knowing([], 8), 8, SamplingSettings(temperature=0, max_length=17), script=script
+    )
+    run = decoder.graphs.run
+    decoder.graphs.run = lambda key, function: (passes.append(key[1]), run(key, function))[1]  # type: ignore[method-assign]
+    found = decoder.decode(prompted.clear(), prompted.logits, prompted.states)
+    assert found.text.rows() == script.tokens.tolist()
+    assert (found.rounds, found.slots) == (3, (16,))
+    assert passes == ["first token", *["guess", "check"] * 3]
 
 
 def exact_probabilities(prompted: Prompted, settings: SamplingSettings) -> dict[tuple[int, ...], float]:

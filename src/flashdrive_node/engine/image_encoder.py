@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.kernels.patches import frame_patches
 from flashdrive_node.engine.vision_pass import Grid, VisionPass, joined
 from flashdrive_node.model.alpamayo import Alpamayo
-from flashdrive_node.model.images import as_batch, check_frames, patch_rows, target_size
+from flashdrive_node.model.images import as_batch, check_frames, target_size
 from flashdrive_node.model.vision import VisionFeatures
 
 
@@ -98,7 +99,7 @@ class ImageEncoder:
         # Neighbours of one grid run as one batch.
         runs: list[tuple[Grid, list[Tensor]]] = []
         for frames in cameras:
-            patches, grid = patch_rows(frames, self.model.config, self.model.dtype)
+            patches, grid = frame_patches(frames, self.model.config, self.model.dtype)
             if not runs or runs[-1][0] != grid:
                 runs.append((grid, []))
             runs[-1][1].append(patches)

@@ -62,8 +62,9 @@ class TextDecoder:
 
     Each text has a stretch of the cache for itself, behind the prefix. Shapes are the same from pass to pass, and a
     text that has ended is carried along, so a pass is one graph; the host learns its tokens with one read-back and
-    decides whether another follows. In the end the slots of a text are those that `inference.decode` fills: up to and
-    including the stop token, without the last token where the length limit or the end of turn cut the text.
+    decides whether another follows. On a GPU the drafter guesses the next block meanwhile, in vain behind the last one.
+    In the end the slots of a text are those that `inference.decode` fills: up to and including the stop token, without
+    the last token where the length limit or the end of turn cut the text.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TextDecoder:
         graphs: Graphs | None = None,
         script: Script | None = None,
         stretch: int | None = None,
+        guess_ahead: bool | None = None,
     ):
         """Prepare for texts in a cache.
 
@@ -90,8 +92,11 @@ class TextDecoder:
             graphs: Of this decoder's cache; by default nothing is captured.
             script: For benchmarks.
             stretch: Slots per text; by default as many as `decode` may touch.
+            guess_ahead: Whether blocks are guessed before the host knows that they are wanted; by default on GPUs,
+                which would wait for the host otherwise.
         """
         self.model, self.cache, self.rows = model, cache, rows
+        self.guess_ahead = model.device.type == "cuda" if guess_ahead is None else guess_ahead
         self.settings, self.rule, self.draft, self.script = settings, rule, draft, script
         self.graphs = graphs or Graphs(model.device, enabled=False)
         self.size = 1 if draft is None else draft.block_size
@@ -147,8 +152,14 @@ class TextDecoder:
         routine: list[list[bool]] = [[False] for _ in range(self.rows)]
         running = list(range(self.rows))
         rounds = blocks = 0
+        if self.guess_ahead:
+            self._start_guess()
         while running:
-            size = self._draft_and_check(running, generator)
+            if not self.guess_ahead:
+                self._start_guess()
+            size = self._start_check(running, generator)
+            if self.guess_ahead:
+                self._start_guess()
             drawn = self._read_back.wait().tolist()
             if not rounds:
                 texts = [[row[0]] for row in drawn]
@@ -162,20 +173,23 @@ class TextDecoder:
             running = self._running(texts)
         return self._finish(texts, routine, rounds, blocks)
 
-    def _draft_and_check(self, running: list[int], generator: torch.Generator | None) -> int:
-        """One round, whose result is on its way to the host; the size of its block."""
-        skip = None if self.draft is None else self.draft.skip
-        if skip is None:
-            self._draw_noise(self.rows * self.size, generator)
-            self.graphs.run((self, "round"), self._round)
-            size = self.size
-        else:
-            self.graphs.run((self, "draft"), self._guess)
+    def _start_guess(self) -> None:
+        """Fill the blocks behind the known tokens."""
+        if self.draft is None:
+            return
+        self.graphs.run((self, "guess"), self._guess)
+        if self.draft.skip is not None:
             self._sure_back.start(self._sure)
+
+    def _start_check(self, running: list[int], generator: torch.Generator | None) -> int:
+        """Check the blocks, the result of which is on its way to the host then; the size of a block."""
+        skip = None if self.draft is None else self.draft.skip
+        size = self.size
+        if skip is not None:
             surest = max(self._sure_back.wait()[running].tolist())
             size = next(size for size in skip.sizes if size > surest or size == self.size)
-            self._draw_noise(self.rows * size, generator)
-            self._run_check(size)
+        self._draw_noise(self.rows * size, generator)
+        self._run_check(size)
         self._read_back.start(self._drawn)
         return size
 
@@ -232,17 +246,10 @@ class TextDecoder:
         if self.draft is not None and self.draft.begin is not None:
             self.draft.begin()
 
-    def _round(self) -> None:
-        """Guess a block of each text, let the model check it, and keep what is right and one token more."""
-        self._guess()
-        self._check(self.size)
-
     def _guess(self) -> None:
         """Fill the blocks: the known tokens and what may follow."""
         known, rule, draft = self._known, self.rule, self.draft
-        if draft is None:
-            self._block.copy_(known[:, None])
-            return
+        assert draft is not None
         assert self._states is not None
         chances: Tensor | None = None
         if draft.skip is None:
@@ -260,7 +267,8 @@ class TextDecoder:
 
     def _check(self, size: int) -> None:
         """Let the model check the first `size` tokens of the blocks."""
-        draft, block = self.draft, self._block[:, :size]
+        draft = self.draft
+        block = self._known[:, None].clone() if draft is None else self._block[:, :size]
         hidden, new = self._run(block, self._used, () if draft is None else draft.layer_ids)
         # The model's own token behind each token of a block, given that the block is right so far.
         own = self._choose(next_logits(self.model.language, hidden)).view(self.rows, size)

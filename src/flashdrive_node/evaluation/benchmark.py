@@ -99,7 +99,8 @@ def make_engine(
     """The engine of a configuration, over weights that are loaded, with texts of a fixed length.
 
     Tokens are drawn, guessed and checked as always, and then replaced: those of the text by filler, and as many guesses
-    of a round by right ones as the accept length stands for.
+    of a round by right ones as the accept length stands for. Texts end as those of a trained model do, with the end of
+    the reasoning and the start of the trajectory.
 
     Raises:
         InputError: An accept length beyond the drafter's blocks.
@@ -119,6 +120,7 @@ def make_engine(
             f"found {procedure.accept_length:g}"
         )
     text = torch.full((settings.samples, procedure.tokens), _FILLER_TOKEN)
+    text[:, -2] = loaded.tokenizer.id("cot_end")
     text[:, -1] = loaded.model.config.tokens.future_start
     engine.script = text.to(loaded.model.device)
     return engine
