@@ -73,7 +73,9 @@ def test_gelu_behind_a_product():
 def test_patches_of_frames(seed, height, width, pixels, layout, hard):
     """Bit for bit those of the native kernel on the CPU, on which hard edges overshoot most."""
     config = replace(alpamayo_1_5_10b(), min_pixels=pixels // 2, max_pixels=pixels)
-    frames = torch.randint(0, 256, (1 if pixels > 2000 else 2, height, width, 3), generator=seeded(seed), dtype=torch.uint8)
+    frames = torch.randint(
+        0, 256, (1 if pixels > 2000 else 2, height, width, 3), generator=seeded(seed), dtype=torch.uint8
+    )
     if hard:
         frames = (frames > 127).to(torch.uint8) * 255
     expected, grid = patch_rows(frames.permute(0, 3, 1, 2), config, DTYPE)

@@ -52,6 +52,9 @@ pytest.importorskip("triton.language", reason="the kernels need the triton packa
 
 CASES = settings(max_examples=8, deadline=None)
 EPS = 1e-6
+#: How far sums of e4m3 products may be off, of the sum of their sizes. Hopper's matrix units keep 13 bits behind the
+#: largest term of a step: off by up to 4.2e-4 on an H200, and by 1e-7 where every step's sums go to float32 registers.
+E4M3_SUMS = 2**-11 if DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE)[0] == 9 else 0.0
 
 interpreter_rounds = pytest.fixture(autouse=True, scope="module")(torch_rounds)
 
@@ -151,7 +154,9 @@ def test_products_with_eight_bits(seed, tokens, size, out_size, bias) -> None:
         found = project(QuantisedRows(q, scale[:, 0], None, DTYPE), fp8)
     if bias:
         expected = expected.to(DTYPE).double() + dense.bias.double()
-    assert_close(found, expected, ulps=1.1)
+    sizes = (q.double().abs() @ fp8.weight_fp8.double().abs().T) * scale.double() * fp8.row_scales.double().T
+    off = (found.double() - expected).abs() - E4M3_SUMS * sizes
+    assert_close(expected + off.clamp(min=0), expected, ulps=1.1)
     if not bias:
         int8 = Int8Linear(dense)
         with forced("triton"):
@@ -188,10 +193,29 @@ def test_a_layer_is_what_its_module_is(kind: str, tokens: int) -> None:
             total, hidden = add_norm_for(gate_up, x, update, norm)
             results.append((total, project(rows, gate_up), project(gated_project(hidden, gate_up, down), down)))
             assert isinstance(rows, Tensor) is (backend == "reference" or kind == "rotations of their own")
+    if kind.startswith("fp8") and tokens > FEW_FP8_ROWS:
+        # Sums are rounded in front of their scales as well, so at the second rounding to 3 bits some 2 % of the values
+        # fall to the other side. What counts is that this is no coarser than the module, seen from what is not rounded.
+        exact_mlp = unrounded_mlp(results[0][0], norm, gate_up, down)
+        errors = [distance(outputs[2].double(), exact_mlp) for outputs in results]
+        assert errors[0] <= 1.05 * errors[1]
+        assert distance(results[0][2], results[1][2].double()) < errors[1]
+        results = [outputs[:2] for outputs in results]
     for found, expected in zip(*results, strict=True):
         # Values that fall to another side when they are rounded, in the second product those of the first among them.
-        error = (found.double() - expected.double()).norm() / expected.double().norm()
-        assert float(error) < 1e-2
+        assert distance(found, expected.double()) < 1e-2
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def unrounded_mlp(x: Tensor, norm: RMSNorm, gate_up: QuantisedLinear, down: QuantisedLinear) -> Tensor:
+    """In float64, with the layers' own weights."""
+    x = x.double()
+    hidden = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
+    gate, up = (hidden @ gate_up.dequantised().double().T).chunk(2, dim=-1)
+    return (nn.functional.silu(gate) * up) @ down.dequantised().double().T
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

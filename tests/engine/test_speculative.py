@@ -303,9 +303,7 @@ def test_a_text_that_closes_inside_a_block_takes_no_further_pass():
     prompted = Prompted(model, 1, 1, 17, 8, 1)
     script = Script(torch.tensor([[WORDS[0]] * 14 + [CLOSING, STOP]]), gain=5)
     passes: list[str] = []
-    decoder = prompted.decoder(
-        knowing([], 8), 8, SamplingSettings(temperature=0, max_length=17), script=script
-    )
+    decoder = prompted.decoder(knowing([], 8), 8, SamplingSettings(temperature=0, max_length=17), script=script)
     run = decoder.graphs.run
     decoder.graphs.run = lambda key, function: (passes.append(key[1]), run(key, function))[1]  # type: ignore[method-assign]
     found = decoder.decode(prompted.clear(), prompted.logits, prompted.states)
