@@ -17,7 +17,7 @@ from flashdrive_node.engine import streaming
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.engine.drafter_config import PARTS, DrafterConfig, Rotary, rotary_sections
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8
-from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.graphs import Cuts, Graphs
 from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction
 from flashdrive_node.engine.read_back import ReadBack
 from flashdrive_node.engine.settings import StreamingSettings
@@ -305,6 +305,49 @@ def test_a_function_that_cannot_be_captured_runs_step_by_step():
         graphs.run("adds", adding_to(x))
     assert x.tolist() == [7.0, 7.0]
     assert graphs.captures == 1
+
+
+@on_gpu
+def test_what_is_made_in_front_of_a_cut_is_there_behind_it():
+    graphs, x = Graphs(torch.device("cuda")), torch.zeros(1 << 16, device="cuda")
+
+    def doubles() -> None:
+        more = x + 1
+        graphs.cut()
+        others = [torch.full_like(x, 7.0) for _ in range(3)]  # would take the place of what was freed
+        graphs.cut()
+        x.copy_(more + x + 0 * sum(others))
+
+    for _ in range(5):
+        graphs.run("doubles", doubles)
+        graphs.run("adds", adding_to(x))
+    assert x.unique().tolist() == [62.0]  # 2 x + 1 + 1, five times
+    assert (graphs.captures, graphs.refused) == (2, {})
+
+
+class Counted(Graphs):
+    """Knows how many passes were through when it was cut."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.through = 0
+        self.cut_at: list[int] = []
+
+    def cut(self) -> None:
+        self.cut_at.append(self.through)
+
+
+@pytest.mark.parametrize(
+    ("layers", "passes", "expected"),
+    [(36, 4, [3, 11, 36, 72, 108]), (36, 1, [3, 11]), (11, 1, [3]), (2, 3, [2, 3, 4])],
+)
+def test_where_passes_are_cut(layers, passes, expected):
+    """Behind few layers, behind more, and between passes: never behind the last layer."""
+    graphs = Counted()
+    cuts = Cuts(graphs, layers, passes)
+    for graphs.through in range(1, layers * passes + 1):
+        cuts.behind((graphs.through - 1) % layers, torch.zeros(0))
+    assert graphs.cut_at == expected
 
 
 @on_gpu

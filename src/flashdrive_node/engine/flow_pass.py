@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flashdrive_node.engine.flow_schedule import integrate
-from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.graphs import Cuts, Graphs
 from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.visibility import up_to, waypoint_visibility
 from flashdrive_node.engine.kernels.waypoints import embed_waypoints, project_velocity
@@ -54,8 +55,12 @@ class WaypointContext:
         numbers = torch.tensor([context.prefix, first, *spans, *positions])
         self._numbers.copy_(numbers, non_blocking=True)
 
-    def velocity(self) -> Velocity:
-        """The expert on this context: velocity on [samples, waypoints, 2], told of time by `ActionInProj.time_part`."""
+    def velocity(self, behind: Callable[[int, Tensor], None] | None = None) -> Velocity:
+        """The expert on this context: velocity on [samples, waypoints, 2], told of time by `ActionInProj.time_part`.
+
+        Args:
+            behind: Called behind every layer, see `run_at_slots`.
+        """
         model, expert, n, w = self.model, self.model.expert, self.samples, self.waypoints
         prefix, first, rest = self._numbers[:1], self._numbers[1:2], self._numbers[2:]
         order = torch.arange(w, device=model.device)
@@ -78,6 +83,7 @@ class WaypointContext:
                 slots,
                 self.cache,
                 lambda q, keys, values, reader: attend_for(reader, q, keys, values, visible),
+                tap=behind,
             )
             return project_velocity(y, expert.action_out_proj).view_as(x)
 
@@ -137,9 +143,11 @@ class FlowPass:
 
     def _integrate(self, context: WaypointContext, without_navigation: WaypointContext | None) -> None:
         speed, z, weight = self._numbers.unbind()
-        velocity = context.velocity()
+        passes = len(self._table) * (1 if without_navigation is None else 2)
+        cuts = Cuts(self.graphs, len(self.model.expert.layers), passes)
+        velocity = context.velocity(cuts.behind)
         if without_navigation is not None:
-            velocity = guided(velocity, without_navigation.velocity(), weight)
+            velocity = guided(velocity, without_navigation.velocity(cuts.behind), weight)
         flowed = integrate(velocity, self._noise, self._table, self._times)
         path = self.model.action_space.to_path(flowed.action, speed.expand(len(self._noise)), z)
         columns = (path.yaw, path.speed, path.acceleration, path.curvature)

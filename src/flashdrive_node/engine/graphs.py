@@ -7,10 +7,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 class _Entry:
     """What is known of one key."""
 
-    #: None until it is captured.
-    graph: torch.cuda.CUDAGraph | None = None
+    #: One behind the other; none until they are captured.
+    graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
     #: Why it is run without a graph, once that is settled.
     refused: str | None = None
 
@@ -34,6 +35,10 @@ class Graphs:
     A function takes and returns nothing: it reads and writes tensors that live as long as its graph, decides nothing by
     their contents on the host, and has no other effect. What it allocates is gone when it returns, because all graphs
     share one pool of memory.
+
+    Launching a graph takes the host about 1.2 us per kernel, and behind other work the device begins with it only when
+    all of it has been launched. So a function that the device would wait for says where its graph may be cut (`cut`):
+    a short one in front is under way while the rest is being launched.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True, limit: int = 64):
@@ -48,6 +53,8 @@ class Graphs:
         self._pool: Any = None  # a handle, of a type that PyTorch does not name
         self._failed: list[torch.cuda.CUDAGraph] = []
         self._stream: torch.cuda.Stream | None = None
+        # Of the capture that is under way.
+        self._parts: list[torch.cuda.CUDAGraph] = []
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Run `function`; `key` names it and everything on the host that it depends on."""
@@ -59,17 +66,23 @@ class Graphs:
             self._entries[key] = _Entry()
             if len(self._entries) > self.limit:
                 _, oldest = self._entries.popitem(last=False)
-                if oldest.graph is not None:
+                if oldest.graphs:
                     torch.cuda.synchronize(self.device)  # it may be running
             function()
             return
         self._entries.move_to_end(key)
-        if entry.graph is None and entry.refused is None:
+        if not entry.graphs and entry.refused is None:
             self._capture(key, entry, function)
-        if entry.graph is None:
+        if not entry.graphs:
             function()
-        else:
-            entry.graph.replay()
+        for graph in entry.graphs:
+            graph.replay()
+
+    def cut(self) -> None:
+        """Called by a function that `run` was given: where it is captured, what follows becomes another graph."""
+        if self._parts:
+            self._parts[-1].capture_end()
+            self._begin()
 
     def clear(self) -> None:
         """Forget all graphs. Call before buffers that they use are freed."""
@@ -84,30 +97,36 @@ class Graphs:
 
     def _capture(self, key: Hashable, entry: _Entry, function: Callable[[], None]) -> None:
         start_s = time.perf_counter()
-        if self._pool is None or all(other.graph is None for other in self._entries.values()):
+        if self._pool is None or not any(other.graphs for other in self._entries.values()):
             # A pool dies with its last graph, and its handle cannot be used again.
             self._pool = torch.cuda.graph_pool_handle()
         self._stream = self._stream or torch.cuda.Stream(self.device)
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(self._stream):
-                # Other threads may allocate pinned memory meanwhile, which a global capture would forbid them.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                self._begin()
                 try:
                     function()
                 finally:
-                    graph.capture_end()
+                    self._parts[-1].capture_end()
         except RuntimeError as error:
             entry.refused = str(error)
-            self._abandon(graph)
+            self._abandon(self._parts[-1])
             torch.cuda.synchronize(self.device)
             logger.warning("no CUDA graph of %s, it runs step by step: %s", key, error)
         else:
-            entry.graph = graph
+            entry.graphs = self._parts
             self.captures += 1
             self.capture_s += time.perf_counter() - start_s
+        finally:
+            self._parts = []
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def _begin(self) -> None:
+        """Begin with the next graph of a capture."""
+        self._parts.append(torch.cuda.CUDAGraph())
+        # Other threads may allocate pinned memory meanwhile, which a global capture would forbid them.
+        self._parts[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Let the allocator forget a capture that failed: it would refuse the next one into the same pool."""
@@ -116,3 +135,25 @@ class Graphs:
         with suppress(RuntimeError):  # the capture has ended for the allocator already
             torch._C._cuda_endAllocateToPool(index, self._pool)
         self._pool = None
+
+
+class Cuts:
+    """Cuts the graph of passes through a stack of layers where its launch would hold the device up.
+
+    Behind few layers, then behind more, then behind every pass: each part runs for longer than it takes to launch the
+    next one.
+    """
+
+    #: Layers of the first pass behind which it is cut.
+    FIRST = (3, 11)
+
+    def __init__(self, graphs: Graphs, layers: int, passes: int = 1):
+        """Of so many passes, one behind the other."""
+        self._graphs, self._done = graphs, 0
+        self._places = {*self.FIRST, *(layers * n for n in range(1, passes))} - {layers * passes}
+
+    def behind(self, layer: int, value: Tensor) -> None:
+        """Called behind every layer."""
+        self._done += 1
+        if self._done in self._places:
+            self._graphs.cut()

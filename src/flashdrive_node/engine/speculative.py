@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from flashdrive_node.engine.draft_rule import DraftRule, Script
-from flashdrive_node.engine.graphs import Graphs
+from flashdrive_node.engine.graphs import Cuts, Graphs
 from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.sampling import draw
 from flashdrive_node.engine.kernels.visibility import block_visibility
@@ -312,7 +312,12 @@ class TextDecoder:
         slots = (self.prefix + self._row[:, None] * self.stretch + index).flatten()
         visible = block_visibility(self.prefix, used, self.stretch, size)
         positions = (index.flatten() + self._position).expand(3, -1)
-        taps = Taps(layer_ids)
+        taps, cuts = Taps(layer_ids), Cuts(self.graphs, len(language.layers))
+
+        def behind(layer: int, value: Tensor) -> None:
+            taps.see(layer, value)
+            cuts.behind(layer, value)
+
         x = embedding(block.flatten(), language.embed_tokens.weight)
         hidden = run_at_slots(
             language.layers,
@@ -322,7 +327,7 @@ class TextDecoder:
             slots,
             self.cache,
             lambda q, keys, values, reader: attend_for(reader, q, keys, values, visible),
-            tap=taps.see,
+            tap=behind,
         )
         states = taps.states() if layer_ids else hidden[:, :0]
         return hidden, states.unflatten(0, (rows, size))

@@ -114,21 +114,30 @@ def random_weights(
     for slot in release_slots(config):
         if slot.target in skip:
             continue
-        target = materialise(model, slot.target, device)
-        place_of(slot, target).copy_(random_tensor(slot, config, seed, device, torch.bfloat16).view(-1))
+        place = place_of(slot, materialise(model, slot.target, device))
+        if place.dtype == torch.bfloat16:  # drawn in place: the largest is as large as a tenth of a quantised model
+            random_tensor(slot, config, seed, device, torch.bfloat16, place.view(slot.shape))
+        else:
+            place.copy_(random_tensor(slot, config, seed, device, torch.bfloat16).view(-1))
 
 
 def random_tensor(
-    slot: TensorSlot, config: AlpamayoConfig, seed: int, device: torch.device | str, dtype: torch.dtype
+    slot: TensorSlot,
+    config: AlpamayoConfig,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Weights of standard deviation 0.02, norm scales of 1; the same for one (seed, name, device), whatever the shards.
 
     R1's stored constants get their configured values. The first layer behind the Fourier features is damped in
-    proportion to the frequency, without which a random network amplifies rounding about 30-fold per flow step.
+    proportion to the frequency, without which a random network amplifies rounding about 30-fold per flow step. They go
+    to `out`, contiguous and of this shape and type, where it is given.
     """
+    tensor = torch.empty(slot.shape, device=device, dtype=dtype) if out is None else out
     if slot.optional:
-        return _constant(slot, config).view(slot.shape).to(device, dtype)
-    tensor = torch.empty(slot.shape, device=device, dtype=dtype)
+        return tensor.copy_(_constant(slot, config).view(slot.shape))
     if slot.name.endswith(".weight") and len(slot.shape) == 1:
         return tensor.fill_(1.0)
     # The CPU's generator takes only the lower 32 bits of a seed, so both go into a hash of that size.

@@ -50,7 +50,8 @@ def tiling(tokens: int, group: int, kv_heads: int, slots: int, processors: int) 
     tiles = triton.cdiv(packed, rows) * kv_heads
     block = 64
     splits = max(1, min(processors // tiles, triton.cdiv(slots, 2 * block)))
-    return Tiling(rows, block, splits, warps=8 if rows == 128 else 4, stages=3)
+    # Where a program sees few blocks, more of them under way pay.
+    return Tiling(rows, block, splits, warps=8 if rows == 128 else 4, stages=4 if rows == 64 and splits > 1 else 3)
 
 
 def attend_visible(q: Tensor, keys: Tensor, values: Tensor, visible: Visible, chosen: Tiling | None = None) -> Tensor:

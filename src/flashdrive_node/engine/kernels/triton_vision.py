@@ -133,7 +133,7 @@ def rotate_in_place(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
         PADDED_HEADS=triton.next_power_of_2(heads),
         HALF=half,
         PADDED_HALF=triton.next_power_of_2(half),
-        num_warps=4,
+        num_warps=8,
         **options(qkv.device),
     )
 
