@@ -150,15 +150,23 @@ def _latencies(axis: Any, ablation: Ablation) -> None:
 
 
 def _drift(axis: Any, ablation: Ablation) -> None:
-    """Error by place in the clip of every function that there is."""
-    for (name, summary), color in zip(ablation.summaries.items(), _COLORS, strict=False):
+    """Error by place in the clip of every function that there is, as a change against the first."""
+    (first, baseline), *others = ablation.summaries.items()
+    expected = dict(baseline.by_window["ade@6.4s"])
+    for (name, summary), color in zip(others, _COLORS[1:], strict=False):
         if summary.settings.get(SAME_AS, name) == name:
-            curve = summary.by_window["ade@6.4s"]
-            axis.plot([first for first, _ in curve], [e.mean for _, e in curve], "o-", color=color, label=name, ms=3)
-    axis.set(title="ADE by place of the window in its clip (drift)", xlabel="first window of ten", ylabel="[m]")
-    axis.set_ylim(bottom=0)
+            curve = [(at, e.mean / expected[at].mean - 1) for at, e in summary.by_window["ade@6.4s"] if at in expected]
+            places, changes = [at for at, _ in curve], [100 * change for _, change in curve]
+            axis.plot(places, changes, "o-", color=color, label=name, ms=3)
+    axis.axhline(0, color="#222222", linewidth=0.8)
+    axis.set(
+        title=f"ADE by place of the window in its clip, against {first} (drift)",
+        xlabel="first window of ten",
+        ylabel="[%]",
+    )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=2)
+    if others:
+        axis.legend(fontsize=8, ncols=2)
 
 
 def _drives(axis: Any, ablation: Ablation) -> None:
