@@ -20,8 +20,9 @@ from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.flow_matching import integrate
 from flashdrive_node.training.aarl import AarlSettings, AarlTrainer, hold
 from flashdrive_node.training.aarl_reward import AarlRule, DraftJudge, distance, expected_accepted
+from flashdrive_node.training.acceptance import reached
 from flashdrive_node.training.action_value import ActionValue
-from flashdrive_node.training.draft_replay import DraftingTarget
+from flashdrive_node.training.draft_replay import DraftingTarget, guesser
 from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
 from flashdrive_node.training.drafter_loss import anchors, cut, guessed_logits
 from flashdrive_node.training.prompt_views import views_of
@@ -102,6 +103,29 @@ def test_distance_is_the_divergence_of_guesses_that_count() -> None:
     assert float(distance(logs, logs, counts).detach()) == 0.0
     (gradient,) = torch.autograd.grad(found, logs)
     assert bool(gradient.isfinite().all())
+
+
+def test_blocks_to_learn_from_are_those_that_decoding_reaches_and_some_more(recorder, drafter, samples) -> None:
+    target, records = DraftingTarget.of(recorder), samples.records
+    views = views_of(records, recorder.prompt, drafter.config, target.room)
+    guess = guesser(drafter, target, records, views)
+    by_hand = []
+    for row, length in enumerate(records.lengths.tolist()):
+        place = 0
+        while place < length - 1:
+            by_hand.append([row, place])
+            guesses = guess(torch.tensor([row]), torch.tensor([place]))[0].tolist()
+            text = records.tokens[row, place + 1 : length].tolist()
+            right = [guess == token for guess, token in zip(guesses, text, strict=False)]
+            place += 1 + (right.index(False) if False in right else len(right))
+    assert sorted(reached(records, guess, BLOCK).tolist()) == by_hand
+    rule = AarlRule(places=2)
+    judge = DraftJudge(drafter, drafter, recorder, ActionValue(recorder.policy), rule, torch.Generator())
+    chosen = judge._places(records, views).tolist()
+    assert sorted(chosen[: len(by_hand)]) == by_hand
+    others = chosen[len(by_hand) :]
+    assert len(others) == 2 * len(records)
+    assert all(place in anchors(records).tolist() for place in others)
 
 
 def test_a_text_is_worth_what_the_expert_makes_of_it(policy, samples, tokenizer) -> None:

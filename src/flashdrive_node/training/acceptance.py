@@ -7,8 +7,9 @@ while it draws that text.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +52,38 @@ class Replayed:
     acceptance: Acceptance
 
 
+class Round(NamedTuple):
+    """The next block of each of R texts that are not at their ends."""
+
+    #: Of the texts, and the place of each block's known token in its text, int64 [R].
+    rows: Tensor
+    places: Tensor
+    #: Whether a text has a token at each guessed place, and whether all guesses so far are right, [R, block - 1].
+    there: Tensor
+    matching: Tensor
+
+
+def rounds(records: TextRecords, guess: Guess, block_size: int) -> Iterator[Round]:
+    """Decode all texts side by side, block by block."""
+    tokens, lengths = records.tokens, records.lengths
+    place = torch.zeros_like(lengths)
+    while bool((running := place < lengths - 1).any()):
+        rows = running.nonzero()[:, 0]
+        at = place[rows]
+        behind = at[:, None] + torch.arange(1, block_size, device=tokens.device)
+        there = behind < lengths[rows][:, None]
+        labels = tokens[rows[:, None], behind.clamp(max=tokens.shape[1] - 1)]
+        matching = ((guess(rows, at) == labels) & there).cumprod(dim=1)
+        yield Round(rows, at, there, matching)
+        place[rows] = at + matching.sum(dim=1) + 1
+
+
+def reached(records: TextRecords, guess: Guess, block_size: int) -> Tensor:
+    """Row and place of the known token of every block that decoding asks for, int64 [blocks, 2]."""
+    found = [torch.stack((r.rows, r.places), dim=1) for r in rounds(records, guess, block_size)]
+    return torch.cat(found) if found else torch.zeros(0, 2, dtype=torch.int64, device=records.tokens.device)
+
+
 def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
     """Go through all texts block by block; intervals are over clips."""
     return replay_texts(records, guess, block_size).acceptance
@@ -58,21 +91,14 @@ def replay(records: TextRecords, guess: Guess, block_size: int) -> Acceptance:
 
 def replay_texts(records: TextRecords, guess: Guess, block_size: int) -> Replayed:
     """`replay`, with what became of each text."""
-    tokens, lengths = records.tokens, records.lengths
-    device = tokens.device
-    place = torch.zeros_like(lengths)
+    lengths = records.lengths
+    device = lengths.device
     blocks, routine = torch.zeros_like(lengths), torch.zeros_like(lengths)
     size = block_size - 1
     right, seen = torch.zeros(size, device=device), torch.zeros(size, device=device)
     starts, later = torch.zeros(2, device=device), torch.zeros(2, device=device)
     histogram = torch.zeros(block_size, dtype=torch.int64, device=device)
-    while bool((running := place < lengths - 1).any()):
-        rows = running.nonzero()[:, 0]
-        at = place[rows]
-        behind = at[:, None] + torch.arange(1, block_size, device=device)
-        there = behind < lengths[rows][:, None]
-        labels = tokens[rows[:, None], behind.clamp(max=tokens.shape[1] - 1)]
-        matching = ((guess(rows, at) == labels) & there).cumprod(dim=1)
+    for rows, at, there, matching in rounds(records, guess, block_size):
         accepted = matching.sum(dim=1)
         right += matching.sum(dim=0)
         seen += there.sum(dim=0)
@@ -80,7 +106,6 @@ def replay_texts(records: TextRecords, guess: Guess, block_size: int) -> Replaye
         starts += counts[at == 0].sum(dim=0)
         later += counts[at > 0].sum(dim=0)
         histogram += torch.bincount(accepted, minlength=block_size)
-        place[rows] = at + accepted + 1
         blocks[rows] += 1
         routine[rows] += accepted
     spoken = lengths > 1
