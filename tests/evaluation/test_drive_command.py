@@ -153,10 +153,17 @@ def test_streams_drive(checkpoint: Path) -> None:
     assert rows["features"] == pytest.approx(rows["plain"], abs=1e-4)
 
 
-def test_configurations_drive_the_same_scenes(checkpoint: Path) -> None:
+def test_configurations_drive_the_same_scenes(checkpoint: Path, tmp_path: Path) -> None:
     several = settings(checkpoint, samples=3)
     streams = StreamingSettings(**vars(several), stream=StreamSettings("kv"))
-    drives = ConfiguredDrives({"plain": several, "kv": streams}, RunSettings("validation", 0.1), (64, 32))
+    names = ("plain", "kv")
+    drives = ConfiguredDrives(
+        dict(zip(names, (several, streams), strict=True)),
+        RunSettings("validation", 0.1),
+        (64, 32),
+        {name: {"scenes": 2} for name in names},
+        {name: tmp_path / name for name in names},
+    )
     steps: list[int] = []
     driven = drives([3, 4], "cpu", steps.append)
     assert sum(steps) == drives.total([3, 4]) == 2
