@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdrive_node.evaluation.metrics import Estimate, bootstrap_ratio
+from flashdrive_node.evaluation.metrics import Estimate, bootstrap_mean, bootstrap_ratio
 from flashdrive_node.training.text_records import TextRecords
 
 #: Guesses for some texts: their rows and the place of the known token in each, int64 [R] -> int64 [R, block - 1].
@@ -120,6 +120,19 @@ def replay_texts(records: TextRecords, guess: Guess, block_size: int) -> Replaye
         histogram=histogram.tolist(),
     )
     return Replayed(blocks, routine, found)
+
+
+def gained(before: Replayed, after: Replayed, records: TextRecords) -> Estimate:
+    """By how much the accept length changed on the same texts, mean over clips, with its interval."""
+    _, clip = records.clips.unique(return_inverse=True)
+    spoken = records.lengths > 1
+    tokens, *blocks = (
+        torch.bincount(clip[spoken], weights=t[spoken].double(), minlength=int(clip.max()) + 1)
+        for t in (records.lengths - 1, before.blocks, after.blocks)
+    )
+    there = tokens > 0
+    lengths = [tokens[there] / b[there] for b in blocks]
+    return bootstrap_mean((lengths[1] - lengths[0]).cpu().numpy())
 
 
 def _ratio(values: Tensor, weights: Tensor, clips: Tensor) -> Estimate:

@@ -17,7 +17,7 @@ from flashdrive_node.engine.protocol import Observation
 from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.training.aarl import AarlSettings, AarlTrainer, HeldOut
-from flashdrive_node.training.acceptance import NGrams, Replayed, replay_texts, texts_of
+from flashdrive_node.training.acceptance import NGrams, Replayed, gained, replay_texts, texts_of
 from flashdrive_node.training.deliberation import deliberation
 from flashdrive_node.training.draft_attention import attention_shares
 from flashdrive_node.training.draft_replay import DraftingTarget, guesser
@@ -93,20 +93,26 @@ class Comparison:
         log = improved.run(rollouts(), material.validation, material.test)
         improved.save(directory / f"{name}-aarl")
         ended = {key: log.result[key] for key in ("before", "after", "steps", "seconds", "ended")}
+        ended["gained"] = gained(self._replay(drafter), self._replay(improved.drafter), material.test.records)
         self.rows[name + AARL] = {"aarl": ended, **self.measure(improved.drafter)}
 
     def measure(self, drafter: Drafter) -> dict[str, Any]:
         """Everything but what belongs to learning, on the test texts."""
         material = self.material
-        records, config = material.test.records, drafter.config
-        target = DraftingTarget.of(material.recorder)
-        views = views_of(records, material.recorder.prompt, config, target.room)
-        found = self._replayed(replay_texts(records, guesser(drafter, target, records, views), config.block_size))
+        records = material.test.records
+        found = self._replayed(self._replay(drafter))
         found["parameters"] = sum(p.numel() for p in drafter.parameters())
         found["attention"] = attention_shares(drafter, material.recorder, records, seed=self.settings.seed)
         if len(material.stream) > WARM_UP:
             found["timing"] = asdict(time_drafter(material.loaded, drafter, material.engine, material.stream))
         return found
+
+    def _replay(self, drafter: Drafter) -> Replayed:
+        """The test texts, as they are decoded with a drafter."""
+        recorder, records = self.material.recorder, self.material.test.records
+        target = DraftingTarget.of(recorder)
+        views = views_of(records, recorder.prompt, drafter.config, target.room)
+        return replay_texts(records, guesser(drafter, target, records, views), drafter.config.block_size)
 
     def _replayed(self, replayed: Replayed) -> dict[str, Any]:
         records = self.material.test.records

@@ -13,7 +13,7 @@ from flashdrive_node.training.draft_attention import LOOKED_AT
 
 _HEAD = (
     "", "accept length", "first, at start", "first, later", "routine share", "on history", "on images", "decode ms",
-    "tokens/s", "at changes", "elsewhere", "p", "path, m",
+    "tokens/s", "at changes", "elsewhere", "p", "by AARL", "path, m",
 )  # fmt: skip
 
 
@@ -28,7 +28,10 @@ def write_comparison(directory: Path, conditions: Mapping[str, Any], rows: Mappi
 
 
 def table(rows: Mapping[str, dict[str, Any]]) -> str:
-    """Markdown; shares of attention are those of the guesses, "at changes" and "elsewhere" of deliberative tokens."""
+    """Markdown; shares of attention are those of the guesses, "at changes" and "elsewhere" of deliberative tokens.
+
+    "by AARL" is the paired change of the accept length, and "path" what the path with unverified drafts gains.
+    """
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + " --- |" * len(_HEAD)]
     for name, row in rows.items():
         a, thought = row["acceptance"], row["deliberation"]
@@ -46,6 +49,7 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
             _percent(thought["share_at_changes"]),
             _percent(thought["share_elsewhere"]),
             "" if thought["p_value"] is None else f"{thought['p_value']:.4f}",
+            _interval(aarl["gained"], 2) if aarl else "",
             _interval(aarl["after"]["test"]["gain_m"], 3) if aarl else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
