@@ -14,6 +14,7 @@ from flashdrive_node.engine.drafter import (
     VOCABULARY_FILE,
     Drafter,
     load_drafter,
+    load_drafter_of,
     read_draft_vocabulary,
 )
 from flashdrive_node.engine.drafter_config import parse_drafter_config
@@ -79,7 +80,9 @@ def test_reduced_vocabulary_guesses_its_own_tokens_alone(directory):
     scores = hidden @ model.language.lm_head.weight[ids].T
     assert read_draft_vocabulary(directory) is None
     save_file({"ids": ids}, directory / VOCABULARY_FILE)
-    drafter.restrict(model.language, read_draft_vocabulary(directory))
+    assert drafter.vocabulary is None
+    drafter = load_drafter_of(directory, model)
+    assert drafter.vocabulary == 4
     assert torch.equal(drafter.propose(model.language, token, context, None), ids[scores.argmax(dim=-1)])
     bias = torch.zeros(len(model.language.lm_head.weight))
     bias[[40, 93, 12]] = -torch.inf

@@ -123,16 +123,16 @@ def test_work_can_be_sent_to_other_processes(tmp_path: Path) -> None:
 def test_drives_that_are_done_are_not_driven_again(tmp_path: Path) -> None:
     """A checkpoint that does not exist would be noticed."""
     described = {"scenes": 3}
-    work = ConfiguredDrives(
-        {"kv": STREAMING}, RunSettings(seconds=2.0), (288, 160), {"kv": described}, {"kv": tmp_path / "kv"}
-    )
-    rows = [row(4, off_road=False, progress=0.5), row(5, off_road=True, progress=0.2)]
-    path = tmp_path / "kv" / PARTS / "4-5.json"
-    path.parent.mkdir(parents=True)
-    write_drives(path, described, rows)
+    settings = RunSettings(seconds=2.0, batch=2)
+    work = ConfiguredDrives({"kv": STREAMING}, settings, (288, 160), {"kv": described}, {"kv": tmp_path / "kv"})
+    rows = [row(index, off_road=index == 5, progress=0.5) for index in (4, 5, 6)]
+    parts = tmp_path / "kv" / PARTS
+    parts.mkdir(parents=True)
+    write_drives(parts / "4-5.json", described, rows[:2])
+    write_drives(parts / "6-6.json", described, rows[2:])
     steps: list[int] = []
-    assert work([4, 5], "cpu", steps.append) == [("kv", one) for one in rows]
-    assert steps == [20]
-    write_drives(path, {"scenes": 2}, rows)
+    assert work([4, 5, 6], "cpu", steps.append) == [("kv", one) for one in rows]
+    assert steps == [20, 20]
+    write_drives(parts / "6-6.json", {"scenes": 2}, rows[2:])
     with pytest.raises(ModelError, match="none"):
-        work([4, 5], "cpu", steps.append)
+        work([4, 5, 6], "cpu", steps.append)

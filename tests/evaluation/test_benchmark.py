@@ -39,11 +39,12 @@ CEILINGS = Ceilings(1e12, 1e11, 1e10)
 def test_tables_picture_and_files(tmp_path, capsys):
     arguments = ["benchmark", str(CHECKPOINT), *QUICK, "--tokens", "4", "--samples", "2"]
     arguments += ["--accept-length", "1.5", "--configurations", "all", "--out", str(tmp_path)]
+    arguments += ["--draft-vocabulary", "50"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "weights: from the checkpoint" in out
     assert "accept length: 1.5, an input: 2 rounds" in out
-    assert "drafter: random, of the published dimensions" in out
+    assert "drafter: random, of the published dimensions, guesses among 50 tokens" in out
     report = json.loads((tmp_path / "benchmark.json").read_text())
     kinds = [(m["configuration"], m["samples"]) for m in report["measurements"]]
     assert kinds == [("all", 2)]

@@ -80,6 +80,17 @@ def test_a_round_beats_as_many_tokens_one_by_one():
         stage_floors(config, STREAMING, 2, H200)
 
 
+def test_a_draft_vocabulary_spares_the_output_head():
+    config, drafter = alpamayo_1_5_10b(), release_drafter_config(alpamayo_1_5_10b())
+    whole, reduced = (
+        stage_floors(config, replace(STREAMING, draft_vocabulary=count), 2, H200, drafter)["decode"]
+        for count in (None, 16_384)
+    )
+    spared = (config.tokens.vocab_size - 16_384) * config.text.hidden_size
+    assert STREAMING.rounds is not None
+    assert whole.bytes - reduced.bytes == STREAMING.rounds * 2 * spared
+
+
 def test_matrices_are_those_of_the_modules():
     """Elements that passes count, against the parameters that have two dimensions."""
     config = small_config()

@@ -12,7 +12,7 @@ import torch
 from flashdrive_node.cli.main import main
 from flashdrive_node.cli.text_options import ChosenClips
 from flashdrive_node.engine.batched_policy import BatchedPolicy
-from flashdrive_node.engine.drafter import Drafter, load_drafter
+from flashdrive_node.engine.drafter import VOCABULARY_FILE, Drafter, load_drafter, read_draft_vocabulary
 from flashdrive_node.engine.drafter_config import PARTS, ROTARIES
 from flashdrive_node.engine.prompt_slots import prompt_room
 from flashdrive_node.engine.protocol import CameraFrames, Observation
@@ -225,7 +225,12 @@ def test_learning_what_the_texts_are(policy, talker, drafter, tmp_path) -> None:
     # Its embeddings are the target's, which is left as it was.
     assert not any(p.requires_grad or p.grad is not None for p in talker.language.parameters())
     assert log.training[-1]["loss"] < 0.6 * log.training[0]["loss"]
-    trainer.save(tmp_path / "out")
+    trainer.save(tmp_path / "out", own_vocabulary=True)
+    said = read_draft_vocabulary(tmp_path / "out" / "drafter")
+    assert said is not None
+    assert said.tolist() == sorted({token for text in texts for token in text})
+    assert log.result["vocabulary"] == len(said)
+    assert log.result["vocabulary_covers"] == 1
     again = load_drafter(tmp_path / "out" / "drafter", talker.config, "cpu", torch.float32)
     assert acceptance_of(trainer.drafter, recorder, records).accept_length.mean == after
     assert acceptance_of(again, recorder, records).accept_length.mean > 1.7  # in bfloat16
@@ -340,7 +345,9 @@ def test_the_command(talker, tokenizer_files, tmp_path, capsys) -> None:
     assert "a new or empty directory is required" in capsys.readouterr().err
     arguments[1] = str(tmp_path / "routine")
     streams = ["--stream-mode", "kv", "--lanes", "1", "--texts", "3", "--variant", "routine", "--rotary", "mrope"]
-    assert main(["train", "drafter", *arguments, *sizes, *streams]) == 0
+    assert main(["train", "drafter", *arguments, *sizes, *streams, "--own-vocabulary"]) == 0
+    assert (tmp_path / "routine" / "drafter" / VOCABULARY_FILE).is_file()
+    assert not (out / "drafter" / VOCABULARY_FILE).exists()
     routine = load_drafter(tmp_path / "routine" / "drafter", talker.config, "cpu", torch.float32)
     assert (routine.config.variant, routine.config.rotary, routine.config.parts) == ("routine", "mrope", PARTS)
     arguments[1] = str(tmp_path / "more")

@@ -72,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--closed-loop", type=int, default=0, metavar="SCENES", help="drive so many scenes with each (default: none)"
     )
+    parser.add_argument(
+        "--scenes-at-once", type=int, default=512, metavar="N",
+        help="driven side by side; a run that was cut goes on behind those that are done (default: 512)",
+    )  # fmt: skip
     parser.add_argument("--closed-loop-seconds", type=float, default=20.0, help="length of a drive (default: 20)")
     parser.add_argument(
         "--latency-clips", type=int, default=1, metavar="N",
@@ -99,7 +103,13 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("a checkpoint is required, or --report-only")
     if args.precisions and args.configurations:
         raise InputError("--precisions or --configurations is required, found both")
-    for name, least in (("clips_at_once", 1), ("workers", 1), ("latency_clips", 0), ("closed_loop", 0)):
+    for name, least in (
+        ("clips_at_once", 1),
+        ("workers", 1),
+        ("scenes_at_once", 1),
+        ("latency_clips", 0),
+        ("closed_loop", 0),
+    ):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(args, name)}")
 
@@ -136,7 +146,7 @@ def _drive(args: argparse.Namespace, settings: dict[str, PlainSettings], devices
     split = "test" if args.world is None else args.world.partition(":")[0]
     height, width = image_size(args)
     indices = range(args.closed_loop)
-    run_settings = RunSettings(split, args.closed_loop_seconds)
+    run_settings = RunSettings(split, args.closed_loop_seconds, batch=args.scenes_at_once)
     described = {
         name: json.loads((args.out / name / "settings.json").read_text(encoding="utf-8"))
         | {"split": split, "scenes": len(indices), "seconds": args.closed_loop_seconds}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flashdrive_node.engine.drafter import Drafter, load_drafter
+from flashdrive_node.engine.drafter import Drafter, load_drafter_of
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.protocol import EngineError
@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flow-schedule", default="8:0,1,2,7", help="evaluated flow steps (default: 8:0,1,2,7)")
     parser.add_argument("--drafter", type=Path, metavar="DIR", help="DFlash drafter (default: random, as published)")
+    parser.add_argument(
+        "--draft-vocabulary", type=int, metavar="N",
+        help="tokens that drafters guess among, as 'train drafter --own-vocabulary' has it (default: all)",
+    )  # fmt: skip
     parser.add_argument("--runs", type=int, default=standard.runs, help="measured windows per configuration (20)")
     parser.add_argument("--warm-up", type=int, default=standard.warm_up, help="windows before (default: 3)")
     parser.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
@@ -105,14 +109,19 @@ def _measure(args: argparse.Namespace) -> Report:
     drafters: dict[bool, Drafter] = {}
     for routine in {CONFIGURATIONS[name].routine for name in args.configurations if CONFIGURATIONS[name].speculative}:
         drafters[routine] = (
-            load_drafter(args.drafter, model.config, model.device, model.dtype, loaded.precision)
+            load_drafter_of(args.drafter, model, loaded.precision)
             if args.drafter and not routine
             else random_drafter(model, stages=loaded.precision, routine=routine)
         )
+    if args.draft_vocabulary is not None:
+        for each_drafter in drafters.values():
+            each_drafter.restrict(model.language, torch.arange(args.draft_vocabulary))
     drafter_name = "none"
     if drafters:
         drafter_name = str(args.drafter or "random, of the published dimensions")
         drafter_name += "; routine drafter: random" if args.drafter and True in drafters else ""
+        reduced = {one.vocabulary for one in drafters.values() if one.vocabulary is not None}
+        drafter_name += "".join(f", guesses among {n} tokens" for n in sorted(reduced))
     drive = RandomDrive(model.config, settings.image_size, settings.cameras, settings.frames)
     report = Report(
         conditions(loaded, drive, procedure, args.dims is not None, drafter_name),

@@ -58,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--windows", type=int, default=64, help="full: windows that are read at a time (default: 64)")
     parser.add_argument("--workers", type=int, default=8, help="full: processes that compute drives (default: 8)")
+    parser.add_argument(
+        "--own-vocabulary", action="store_true",
+        help="guess none but the tokens of the texts to learn from, which spares reading most of the output head",
+    )  # fmt: skip
     add_text_options(parser)
     add_drafter_options(parser)
 
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.log.conditions |= {"checkpoint": str(args.checkpoint), "weights": loaded.info.sha256}
     trainer.log.conditions |= {"stream_mode": args.stream_mode, "rotary": shape.rotary, "parts": list(shape.parts)}
     trainer.run(_texts(args, recorder, "train"), _texts(args, recorder, "validation"))
-    trainer.save(args.out)
+    trainer.save(args.out, args.own_vocabulary)
     logger.info("%s: %d bytes of weights", args.out / DRAFTER, trainer.log.result["bytes"])
     return 0
 

@@ -21,6 +21,7 @@ from flashdrive_node.engine.kernels.linear import skinny_linear
 from flashdrive_node.engine.mask_embedding import read_mask_embedding
 from flashdrive_node.engine.prompt_slots import PromptView
 from flashdrive_node.engine.slot_pass import next_logits
+from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.checkpoint import load_weights, materialise
 from flashdrive_node.model.config import AlpamayoConfig
 from flashdrive_node.model.decoder import DecoderLayer, RMSNorm
@@ -92,6 +93,11 @@ class Drafter(nn.Module):
         ids = ids.to(table.device)
         held = head.rows(ids) if isinstance(head, RowwiseLinear) else language.lm_head.weight[ids]
         self._reduced = ids, held.to(table.dtype).contiguous()
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that are guessed among; None for the target's whole vocabulary."""
+        return None if self._reduced is None else len(self._reduced[0])
 
     def read(self, view: PromptView) -> PromptMemory:
         """What is kept of P prompts: keys and values of their slots."""
@@ -299,6 +305,19 @@ def load_drafter(
         take=placer.take,
     )
     materialise(drafter, "mask_embedding", torch.empty(0, device=device).device, dtype).copy_(mask)
+    return drafter
+
+
+def load_drafter_of(directory: Path, model: Alpamayo, precision: StagePrecision | None = None) -> Drafter:
+    """`load_drafter` for a loaded target, restricted to its own vocabulary where it has one.
+
+    Raises:
+        ConfigError, CheckpointError: See `load_drafter` and `read_draft_vocabulary`.
+        InputError: A vocabulary that is not of this target.
+    """
+    drafter = load_drafter(directory, model.config, model.device, model.dtype, precision)
+    if (ids := read_draft_vocabulary(directory)) is not None:
+        drafter.restrict(model.language, ids)
     return drafter
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashdrive_node.engine.observations import camera_layout, ego_history, grey_window
 from flashdrive_node.engine.precision import automatic
-from flashdrive_node.engine.prediction import Departure, Reasoning, medoid, trajectory_samples
+from flashdrive_node.engine.prediction import Departure, Reasoning, Spoken, medoid, spoken, trajectory_samples
 from flashdrive_node.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -175,20 +175,20 @@ class PlainEngine:
     def _step(self, observation: Observation) -> Prediction:
         s, model = self.settings, self._model()
         assert self.loaded is not None
-        device, tokenizer = model.device, self.loaded.tokenizer
+        device = model.device
         generator = torch.Generator(device).manual_seed(s.seed + self.windows)
         self.windows += 1
         timer = StageTimer(device)
-        # Drawn first, so that it is the same whatever else is drawn on the way.
-        noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
         prompt, context, logits = self._read(observation, timer)
+        # In front of the texts, so that it is the same whatever they draw; behind the images, which the device awaits.
+        noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
         # A 16 x 16 system: the host solves it while the device works, a GPU's solver would wait for the device.
         history_xyz, history_rot = ego_history(observation)
         v0 = float(model.action_space.initial_speed(history_xyz, history_rot))
         thought = self._reason(context, logits, generator)
         timer.lap("decode")
         departure = Departure(noise, v0, float(history_xyz[-1, 2]))
-        numbers, error = self._act(prompt, context, thought, departure, timer)
+        numbers, error, texts = self._act(prompt, context, thought, departure, timer)
         metrics = {
             "tokens": float(max(thought.text.lengths)),
             "prompt_tokens": float(context.prefix),
@@ -199,8 +199,8 @@ class PlainEngine:
         return Prediction(
             window_id=observation.window_id,
             t0_ns=observation.t0_ns,
-            samples=trajectory_samples(numbers, thought, tokenizer),
-            chosen=int(medoid(numbers[..., :2])),
+            samples=trajectory_samples(numbers, texts),
+            chosen=int(medoid(numbers[..., :2])) if s.samples > 1 else 0,
             initial_speed=v0,
             timings_ms=timer.finish(),
             metrics=metrics,
@@ -241,12 +241,13 @@ class PlainEngine:
 
     def _act(
         self, prompt: Prompt, context: Context, thought: Reasoning, departure: Departure, timer: StageTimer
-    ) -> tuple[Tensor, Tensor | None]:
-        """Paths on the host, [samples, waypoints, 7] (position, yaw, speed, acceleration, curvature).
+    ) -> tuple[Tensor, Tensor | None, tuple[Spoken, ...]]:
+        """Paths on the host, [samples, waypoints, 7] (position, yaw, speed, acceleration, curvature), and the texts.
 
-        Beside them an estimate of the actions' error [samples], where steps are left out.
+        Between them an estimate of the actions' error [samples], where steps are left out.
         """
         s, model = self.settings, self._model()
+        assert self.loaded is not None
         velocity = inference.velocity_field(model, context, thought.text)
         without: Velocity | None = None
         if s.guidance_weight != 1 and prompt.nav_span is not None:
@@ -259,8 +260,9 @@ class PlainEngine:
         )
         timer.lap("action")
         columns = (path.yaw, path.speed, path.acceleration, path.curvature)
-        # One copy to the host, which waits for the device.
-        return torch.cat((path.xyz, *(column[..., None] for column in columns)), dim=-1).cpu(), None
+        numbers = torch.cat((path.xyz, *(column[..., None] for column in columns)), dim=-1)
+        texts = spoken(thought, self.loaded.tokenizer)
+        return numbers.cpu(), None, texts  # one copy to the host, which waits for the device
 
     def _layout_of(self, observation: Observation, grids: list[tuple[int, int]]) -> tuple[Prompt, Tensor, Tensor]:
         """The prompt without history, and its positions and image index on the device, kept from window to window."""

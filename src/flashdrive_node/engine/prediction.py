@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -36,21 +37,32 @@ class Departure:
     z: float
 
 
-def trajectory_samples(
-    numbers: Tensor, thought: Reasoning, tokenizer: AlpamayoTokenizer
-) -> tuple[TrajectorySample, ...]:
+class Spoken(NamedTuple):
+    """One sample's text, in words."""
+
+    reasoning: str
+    complete: bool
+    tokens: tuple[ReasoningToken, ...]
+
+
+def spoken(thought: Reasoning, tokenizer: AlpamayoTokenizer) -> tuple[Spoken, ...]:
+    """Texts of a window, a row per sample; work of the host, which need not wait for the paths."""
+    text = thought.text
+    labels = thought.routine or ((),) * len(text.lengths)
+    return tuple(
+        Spoken(extract_text(tokenizer, ids)["cot"], stopped, _labelled(tokenizer, ids, routine))
+        for ids, stopped, routine in zip(text.rows(), text.stopped, labels, strict=True)
+    )
+
+
+def trajectory_samples(numbers: Tensor, texts: Sequence[Spoken]) -> tuple[TrajectorySample, ...]:
     """Paths and texts of a window.
 
     Args:
         numbers: On the host, [samples, waypoints, 7]: position, yaw, speed, acceleration, curvature.
-        thought: A text per sample.
-        tokenizer: Of the model.
+        texts: One per sample.
     """
-    text, labels = thought.text, thought.routine or ((),) * len(numbers)
-    return tuple(
-        _sample(row.numpy(), extract_text(tokenizer, ids)["cot"], stopped, _labelled(tokenizer, ids, routine))
-        for row, ids, stopped, routine in zip(numbers, text.rows(), text.stopped, labels, strict=True)
-    )
+    return tuple(_sample(row.numpy(), text) for row, text in zip(numbers, texts, strict=True))
 
 
 def medoid(points: Tensor) -> Tensor:
@@ -68,12 +80,10 @@ def medoid(points: Tensor) -> Tensor:
     return total.where(finite, math.inf).argmin(dim=-1)
 
 
-def _sample(
-    numbers: np.ndarray, reasoning: str, complete: bool, tokens: tuple[ReasoningToken, ...]
-) -> TrajectorySample:
+def _sample(numbers: np.ndarray, text: Spoken) -> TrajectorySample:
     xyz, yaw, speed, acceleration, curvature = np.split(numbers, (3, 4, 5, 6), axis=-1)
     columns = (yaw[:, 0], speed[:, 0], acceleration[:, 0], curvature[:, 0])
-    return TrajectorySample(xyz, *columns, reasoning, complete, tokens)
+    return TrajectorySample(xyz, *columns, *text)
 
 
 def _labelled(

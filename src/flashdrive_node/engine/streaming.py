@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.draft_rule import DraftRule, Script, SkipRule, block_sizes
-from flashdrive_node.engine.drafter import Drafter, PromptMemory, load_drafter, read_draft_vocabulary
+from flashdrive_node.engine.drafter import Drafter, PromptMemory, load_drafter_of
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
 from flashdrive_node.engine.flow_schedule import FlowSchedule
 from flashdrive_node.engine.graphs import Graphs
@@ -24,7 +24,7 @@ from flashdrive_node.engine.image_encoder import ImageEncoder
 from flashdrive_node.engine.novelty import Novelty
 from flashdrive_node.engine.observations import ego_history
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.prediction import Departure, Reasoning
+from flashdrive_node.engine.prediction import Departure, Reasoning, Spoken, spoken
 from flashdrive_node.engine.prompt_reader import PromptReader
 from flashdrive_node.engine.prompt_slots import prompt_room, tapped_tokens
 from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
@@ -102,9 +102,7 @@ class StreamingEngine(PlainEngine):
         try:
             if s.drafter is not None and self.drafter is None:
                 stages = self.loaded.precision if self.loaded is not None else None
-                self.drafter = load_drafter(s.drafter, model.config, model.device, model.dtype, stages)
-                if (ids := read_draft_vocabulary(s.drafter)) is not None:
-                    self.drafter.restrict(model.language, ids)
+                self.drafter = load_drafter_of(s.drafter, model, stages)
         except (ModelError, OSError, RuntimeError) as error:
             raise EngineError(f"drafter {s.drafter} cannot be loaded: {error}") from error
         name = f"streaming ({s.stream.mode}) {model.config.model_type}"
@@ -333,8 +331,9 @@ class StreamingEngine(PlainEngine):
 
     def _act(
         self, prompt: Prompt, context: Context, thought: Reasoning, departure: Departure, timer: StageTimer
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Spoken, ...]]:
         s, stages, said = self.settings, self._stages, self._said
+        assert self.loaded is not None
         assert stages is not None
         assert said is not None
         first, end = stages.decoder.stretches(context)
@@ -349,8 +348,9 @@ class StreamingEngine(PlainEngine):
         flow = stages.flow
         flow.start(stages.waypoints, departure.noise, departure.speed, departure.z, without, s.guidance_weight)
         timer.lap("action")
+        texts = spoken(thought, self.loaded.tokenizer)  # while the device works
         numbers, error = flow.finish()
-        return numbers, error if s.schedule is not None and len(s.schedule.evaluated) > 1 else None
+        return numbers, error if s.schedule is not None and len(s.schedule.evaluated) > 1 else None, texts
 
     def _draft_rule(self, drafter: Drafter) -> DraftRule:
         assert self.loaded is not None

@@ -61,6 +61,12 @@ class ConfiguredDrives:
         return [(name, row) for name in self.configurations for row in self._driven(name, indices, device, progress)]
 
     def _driven(self, name: str, indices: Sequence[int], device: str, progress: Progress) -> list[SceneRow]:
+        rows: list[SceneRow] = []
+        for first in range(0, len(indices), self.run.batch):
+            rows += self._driven_together(name, indices[first : first + self.run.batch], device, progress)
+        return rows
+
+    def _driven_together(self, name: str, indices: Sequence[int], device: str, progress: Progress) -> list[SceneRow]:
         described, work = self.described[name], self._work(name)
         path = self.folders[name] / PARTS / f"{indices[0]}-{indices[-1]}.json"
         rows = read_drives(path, described)

@@ -151,6 +151,8 @@ def measure(
     """
     configuration, device = CONFIGURATIONS[name], loaded.model.device
     work = window_workload(loaded, drive, configuration, procedure, settings.samples)
+    if configuration.speculative and drafter is not None:
+        work = replace(work, draft_vocabulary=drafter.vocabulary)
     floors = stage_floors(
         loaded.model.config,
         work,

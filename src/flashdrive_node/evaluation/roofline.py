@@ -109,6 +109,8 @@ class Workload:
     evaluations: int
     #: Speculative rounds; None for one token per pass.
     rounds: int | None = None
+    #: Tokens that the drafter guesses among; None for the model's vocabulary, whose head it then reads.
+    draft_vocabulary: int | None = None
 
 
 def stage_operators(
@@ -244,10 +246,14 @@ def _speculate(config: AlpamayoConfig, work: Workload, item_bytes: int, drafter:
     context = drafter.context_length + block
     fc = drafter.context_size * guess.hidden_size
     verified = n * block
+    guesses = _head(config, n * (block - 1), item_bytes)
+    if work.draft_vocabulary is not None:  # rows of its own, which are not quantised
+        rows = work.draft_vocabulary * config.text.hidden_size
+        guesses = Operator(rows * item_bytes, 2.0 * n * (block - 1) * rows)
     return [
         Operator(fc * item_bytes, 2.0 * n * drafter.context_length * fc, stage="drafter"),
         *decoder_pass(guess, n * block, n * block * context, 0, item_bytes, "drafter"),
-        _head(config, n * (block - 1), item_bytes),
+        guesses,
         *decoder_pass(
             config.text,
             verified,

@@ -26,6 +26,7 @@ Frames = Tensor | NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 MAX_ASPECT_RATIO = 200
 
 
+@lru_cache(maxsize=256)
 def target_size(height: int, width: int, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
     """Height and width that an image is resized to: multiples of `factor`, within the pixel limits.
 

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flashdrive_node.engine.drafter import Drafter, drafter_slots
+from flashdrive_node.engine.drafter import VOCABULARY_FILE, Drafter, drafter_slots
 from flashdrive_node.engine.drafter_config import DFLASH, PARTS, ROUTINE, DrafterConfig, Part, Rotary, rotary_sections
 from flashdrive_node.engine.mask_embedding import MASK_FILES
 from flashdrive_node.model.alpamayo import Alpamayo
@@ -125,6 +126,11 @@ def save_drafter(drafter: Drafter, directory: Path, dtype: torch.dtype = torch.b
         json.dumps(_content(drafter.config, dtype), indent=2) + "\n", encoding="utf-8"
     )
     return written
+
+
+def save_draft_vocabulary(ids: Tensor, directory: Path) -> None:
+    """Write the tokens that a drafter may guess beside its weights: int64 [n]."""
+    save_file({"ids": ids}, directory / VOCABULARY_FILE)
 
 
 def _content(config: DrafterConfig, dtype: torch.dtype) -> dict[str, object]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.training.acceptance import Acceptance, NGrams, replay, texts_of
 from flashdrive_node.training.draft_replay import DraftingTarget, acceptance_of
-from flashdrive_node.training.drafter_files import save_drafter, trainable
+from flashdrive_node.training.drafter_files import save_draft_vocabulary, save_drafter, trainable
 from flashdrive_node.training.drafter_loss import BlockLoss, anchors, block_loss, cut
 from flashdrive_node.training.optimiser import Optimiser
 from flashdrive_node.training.prompt_views import views_of
@@ -66,6 +66,8 @@ class DrafterTrainer:
         self.recorder, self.settings = recorder, settings
         self.drafter = trainable(drafter)
         self.target = DraftingTarget.of(recorder)
+        #: Tokens of the texts that were learnt from, ascending: int64, on the host.
+        self.vocabulary = torch.empty(0, dtype=torch.int64)
         device = str(recorder.policy.model.device)
         self.log = TrainingLog({"settings": asdict(settings), "drafter": drafter.config.variant, "device": device})
 
@@ -90,8 +92,12 @@ class DrafterTrainer:
             "drafter": acceptance_of(self.drafter, self.recorder, measured),
             "n-grams": replay(measured, grams.guesser(measured, block), block),
         }
+        self.vocabulary = records.tokens[records.tokens >= 0].unique().cpu()
+        said = measured.tokens[measured.tokens >= 0]
         self.log.result = {
             "acceptance": {name: asdict(acceptance) for name, acceptance in found.items()},
+            "vocabulary": len(self.vocabulary),
+            "vocabulary_covers": float(torch.isin(said, self.vocabulary.to(said.device)).double().mean()),
             "parameters": sum(p.numel() for p in self.drafter.parameters()),
             "texts": len(records),
             "steps": steps,
@@ -101,9 +107,11 @@ class DrafterTrainer:
         logger.info("\n%s", table(found))
         return self.log
 
-    def save(self, directory: Path) -> None:
-        """Write drafter, log and its plot."""
+    def save(self, directory: Path, own_vocabulary: bool = False) -> None:
+        """Write drafter, log and its plot; `own_vocabulary` has it guess tokens of the texts it learnt from alone."""
         written = save_drafter(self.drafter, directory / DRAFTER)
+        if own_vocabulary:
+            save_draft_vocabulary(self.vocabulary, directory / DRAFTER)
         self.log.result["bytes"] = written
         self.log.write(directory)
 
