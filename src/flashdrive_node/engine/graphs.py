@@ -36,8 +36,8 @@ class Graphs:
     their contents on the host, and has no other effect. What it allocates is gone when it returns, because all graphs
     share one pool of memory.
 
-    Launching a graph takes the host time for every kernel, and behind other work the device begins with it only when all
-    of it has been launched. So a function that the device would wait for says where its graph may be cut (`cut`):
+    Launching a graph takes the host time for every kernel, and behind other work the device begins with it only when
+    all of it has been launched. So a function that the device would wait for says where its graph may be cut (`cut`):
     a short one in front is under way while the rest is being launched.
     """
 
