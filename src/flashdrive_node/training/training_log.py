@@ -49,7 +49,7 @@ _TITLES = {
 
 
 def draw(log: TrainingLog, path: Path) -> None:
-    """Every figure over time, training and validation; on a logarithmic scale where it is never 0 or less."""
+    """Every figure over time, training and validation; on a logarithmic scale where it spans a factor of 3 or more."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -59,13 +59,14 @@ def draw(log: TrainingLog, path: Path) -> None:
     rows = max(1, -(-len(names) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
-        positive = all(row[name] > 0 for row in (*log.training, *log.validation) if name in row)
+        values = [row[name] for row in (*log.training, *log.validation) if name in row]
+        wide = 0 < 3 * min(values) < max(values)
         for table, label, colour in ((log.training, "training", "#8aa7c4"), (log.validation, "validation", "#c63a3a")):
             points = [(row["seconds"], row[name]) for row in table if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4)
         axis.set_title(_TITLES.get(name, name), fontsize=10)
-        axis.set_yscale("log" if positive else "linear")
+        axis.set_yscale("log" if wide else "linear")
         axis.grid(alpha=0.3, which="both")
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")
