@@ -61,12 +61,12 @@ def test_gelu_behind_a_product():
     assert_close(gelu_linear(x, weight, bias), exact, ulps=4)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    height=st.integers(20, 70),
-    width=st.integers(20, 70),
-    pixels=st.sampled_from([1024, 4096]),
+    height=st.integers(20, 45),
+    width=st.integers(20, 45),
+    pixels=st.sampled_from([1024, 2500]),
     layout=st.sampled_from(["rows of pixels", "planes", "stretch of wider frames"]),
     hard=st.booleans(),
 )
