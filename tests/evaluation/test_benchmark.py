@@ -211,6 +211,7 @@ def test_percentiles():
         (["x", "--accept-length", "nan"], "accept_length must be at least 1, found nan"),
         (["x", "--accept-length", "0.9"], "accept_length must be at least 1, found 0.9"),
         (["x", "--precision", "w3"], "precision must be one of auto"),
+        (["x", "--draft-vocabulary", "0"], "--draft-vocabulary must be at least 1, found 0"),
         (["--redraw", "missing.json"], "No such file"),
     ],
 )

@@ -26,7 +26,7 @@ from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import CheckpointError, InputError
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.sampling import SamplingSettings
-from flashdrive_node.training.acceptance import NGrams, replay, replay_texts
+from flashdrive_node.training.acceptance import NGrams, gained, replay, replay_texts
 from flashdrive_node.training.architecture import alpamayo_small
 from flashdrive_node.training.draft_replay import DraftingTarget, acceptance_of, guesser
 from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
@@ -279,6 +279,17 @@ def test_replay_by_hand() -> None:
     assert found.by_place == pytest.approx([2 / 3, 1.0, 1.0])
     assert (found.first_at_start, found.first_later) == (0.5, 1.0)
     assert found.histogram == [1, 1, 0, 1]
+
+
+def test_gain_by_hand() -> None:
+    """Of two clips: 2.5 tokens per pass in place of 1, and 1 in place of 1."""
+    config = drafter_config(alpamayo_of_nothing(), block_size=4, context_length=1)
+    records = toy_records([[1, 2, 3, 4, 5, 6], [1, 7]], config)
+    never = replay_texts(records, lambda rows, at: torch.zeros(len(rows), 3, dtype=torch.int64), 4)
+    counting = replay_texts(records, lambda rows, at: records.tokens[rows, at][:, None] + torch.arange(1, 4), 4)
+    assert gained(never, counting, records).mean == pytest.approx(0.75)
+    assert gained(counting, never, records).mean == pytest.approx(-0.75)
+    assert gained(counting, counting, records)[:3] == (0, 0, 0)
 
 
 def alpamayo_of_nothing():

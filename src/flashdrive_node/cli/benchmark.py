@@ -146,6 +146,8 @@ def _settings(args: argparse.Namespace) -> PlainSettings:
     """What all configurations have in common."""
     if (args.checkpoint is None) == (args.dims is None):
         raise InputError("either a checkpoint or --dims is required")
+    if args.draft_vocabulary is not None and args.draft_vocabulary < 1:
+        raise InputError(f"--draft-vocabulary must be at least 1, found {args.draft_vocabulary}")
     if args.dims and not (args.random_weights or args.load_from):
         raise InputError("--dims needs --random-weights or --load-from: there are no weights of these dimensions here")
     try:

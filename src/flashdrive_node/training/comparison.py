@@ -85,7 +85,8 @@ class Comparison:
         trainer = DrafterTrainer(material.recorder, drafter, self.settings)
         steps, seconds = trainer.learn(material.training)
         trainer.save(directory / name)
-        self.rows[name] = {"steps": steps, "seconds": round(seconds, 1), **self.measure(drafter)}
+        before = self._replay(drafter)
+        self.rows[name] = {"steps": steps, "seconds": round(seconds, 1), **self.measure(drafter, before)}
         logger.info("%s: accept length %.2f", name, self.rows[name]["acceptance"]["accept_length"][0])
         if aarl is None:
             return
@@ -93,14 +94,15 @@ class Comparison:
         log = improved.run(rollouts(), material.validation, material.test)
         improved.save(directory / f"{name}-aarl")
         ended = {key: log.result[key] for key in ("before", "after", "steps", "seconds", "ended")}
-        ended["gained"] = gained(self._replay(drafter), self._replay(improved.drafter), material.test.records)
-        self.rows[name + AARL] = {"aarl": ended, **self.measure(improved.drafter)}
+        after = self._replay(improved.drafter)
+        ended["gained"] = gained(before, after, material.test.records)
+        self.rows[name + AARL] = {"aarl": ended, **self.measure(improved.drafter, after)}
 
-    def measure(self, drafter: Drafter) -> dict[str, Any]:
-        """Everything but what belongs to learning, on the test texts."""
+    def measure(self, drafter: Drafter, replayed: Replayed) -> dict[str, Any]:
+        """Everything but what belongs to learning, on the test texts, which have been replayed with the drafter."""
         material = self.material
         records = material.test.records
-        found = self._replayed(self._replay(drafter))
+        found = self._replayed(replayed)
         found["parameters"] = sum(p.numel() for p in drafter.parameters())
         found["attention"] = attention_shares(drafter, material.recorder, records, seed=self.settings.seed)
         if len(material.stream) > WARM_UP:
