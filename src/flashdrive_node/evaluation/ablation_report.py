@@ -21,6 +21,7 @@ _SHARES = {
     "changed": "changed",
 }
 _COLORS = ("#222222", "#9a9a9a", "#c04f3c", "#e0872b", "#d9b23c", "#4a9d5b", "#2fa3a3", "#2b6fb3", "#8a4f9e", "#c774ad")
+_FAULTS = {"at_fault_collision": "#c04f3c", "off_road": "#8a4f9e", "red_light": "#e0872b", "stop_sign": "#2b6fb3"}
 
 
 def write_ablation(ablation: Ablation, folder: Path) -> list[Path]:
@@ -173,13 +174,14 @@ def _drives(axis: Any, ablation: Ablation) -> None:
     if not ablation.drives:
         axis.set_axis_off()
         return
-    names, figures = list(ablation.drives), ("at_fault_collision", "off_road", "red_light")
-    for offset, name, color in zip((-0.25, 0.0, 0.25), figures, ("#c04f3c", "#8a4f9e", "#e0872b"), strict=True):
+    names = list(ablation.drives)
+    for offset, (name, color) in zip((-0.3, -0.1, 0.1, 0.3), _FAULTS.items(), strict=True):
         found = [ablation.drives[n].figures[name] for n in names]
         reach = 100 * np.array([[e.mean - e.low for e in found], [e.high - e.mean for e in found]])
         at, widths = np.arange(len(names)) + offset, [100 * e.mean for e in found]
-        axis.barh(at, widths, 0.23, xerr=reach.clip(min=0), color=color, capsize=2, label=CLOSED_LOOP[name])
+        axis.barh(at, widths, 0.19, xerr=reach.clip(min=0), color=color, capsize=2, label=CLOSED_LOOP[name])
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set(title="closed loop: scenes with a fault", xlabel="[%]")
+    # Without any fault the axis would be as wide as nothing.
+    axis.set(title="closed loop: scenes with a fault", xlabel="[%]", xlim=(0, max(1.0, axis.get_xlim()[1])))
     axis.legend(fontsize=8)
