@@ -29,11 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="w4a8",
-        help=f"{', '.join(name for name, stages in PRESETS.items() if stages.four_bits)}, or STAGE=FORMAT,... "
-        "(default: w4a8); what is to have 8 bits is rounded on loading, with scales from here where it is fp8_static",
+        help=f"{', '.join(name for name in PRESETS if name != 'bf16')}, or STAGE=FORMAT,... (default: w4a8)",
     )
     parser.add_argument(
-        "--method", choices=METHODS, default=fitting.method, help="of rounding to 4 bits (default: paroquant)"
+        "--method",
+        choices=METHODS,
+        default=fitting.method,
+        help="of rounding (default: paroquant); nearest leaves fp8 to the reader",
     )
     add_clip_options(parser, _CLIP_WINDOWS)
     parser.add_argument("--limit", type=int, default=windows.windows, help="windows in all (default: 16)")

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashdrive_node.engine.frame_copies import FrameCopies
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.patches import frame_patches
 from flashdrive_node.engine.vision_pass import Grid, VisionPass, joined
@@ -32,6 +33,7 @@ class ImageEncoder:
         self._frames: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # [1 + levels, image tokens, text hidden].
         self._features: Tensor | None = None
+        self._copies = FrameCopies()
         self._uploads: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
             self._uploads = torch.cuda.Stream(model.device)
@@ -59,20 +61,21 @@ class ImageEncoder:
         self._make_room(cameras)
         self._sent.synchronize()  # long over, unless frames come one by one
         taken, batches = dict.fromkeys(self._frames, 0), []
+        hosts: list[Tensor] = []
+        targets: list[Tensor] = []
+        for frames in cameras:
+            size = frames[0].shape[0], frames[0].shape[1]
+            own = slice(taken[size], taken[size] + len(frames))
+            host, device = (buffer[own] for buffer in self._frames[size])
+            hosts.extend(host)
+            targets.extend(device)
+            batches.append(device.permute(0, 3, 1, 2))
+            taken[size] = own.stop
+        flat = [frame for frames in cameras for frame in frames]
         with torch.cuda.stream(self._uploads):
             self._uploads.wait_event(self._read)
-            for frames in cameras:
-                size = frames[0].shape[0], frames[0].shape[1]
-                own = slice(taken[size], taken[size] + len(frames))
-                host, device = (buffer[own] for buffer in self._frames[size])
-                for i, frame in enumerate(frames):
-                    if frame.flags.writeable:  # PyTorch copies with several threads, and takes no others
-                        host[i].copy_(torch.from_numpy(frame))
-                    else:
-                        np.copyto(host[i].numpy(), frame)
-                    device[i].copy_(host[i], non_blocking=True)
-                taken[size] = own.stop
-                batches.append(device.permute(0, 3, 1, 2))
+            for frame, rows in self._copies.copy([host.numpy() for host in hosts], flat):
+                targets[frame][rows].copy_(hosts[frame][rows], non_blocking=True)
             self._sent.record()
         torch.cuda.current_stream(self.model.device).wait_stream(self._uploads)
         return batches

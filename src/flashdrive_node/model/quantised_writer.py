@@ -30,6 +30,7 @@ def save_quantised(
     tokenizer_files_dir: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     largest_inputs: Mapping[str, float] | None = None,
+    rounded: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a model, some of its linear layers in 4 bits and everything else in bfloat16.
 
@@ -45,12 +46,14 @@ def save_quantised(
         tokenizer_files_dir: Where tokenizer files are copied from.
         max_shard_bytes: Largest tensor data per file.
         largest_inputs: By linear layer, for static scales; written into the configuration.
+        rounded: Weights [N, K] of other linear layers, to be written in the place of the model's.
 
     Raises:
         CheckpointError: The directory is in use.
         OSError: Writing failed; nothing is left behind.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors |= {f"{name}.weight": weight for name, weight in (rounded or {}).items()}
     specs: list[TensorSpec] = []
     for slot in release_slots(config):
         layer = layers.get(slot.target.removesuffix(".weight"))

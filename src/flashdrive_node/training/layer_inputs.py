@@ -42,7 +42,7 @@ class InputSettings:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """Rows [rows, K] by layer, on the host: to fit on, and of other windows."""
+    """Rows [rows, K] by layer, on the host and in the model's type: to fit on, and of other windows."""
 
     fit: dict[str, Tensor]
     held_out: dict[str, Tensor]
@@ -73,7 +73,7 @@ class _Recorder:
         if name not in self._generators:
             self._generators[name] = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         chosen = torch.randperm(len(x), generator=self._generators[name])[: self.rows].to(x.device)
-        self.kept[name].append(x[chosen].float().cpu())
+        self.kept[name].append(x[chosen].cpu())
 
     def joined(self) -> dict[str, Tensor]:
         return {name: torch.cat(parts) for name, parts in self.kept.items()}

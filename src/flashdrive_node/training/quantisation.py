@@ -1,40 +1,46 @@
-"""Calibrates a checkpoint for a precision: text layers in 4 bits, one after the other, static scales, the head.
+"""Calibrates a checkpoint for a precision: layers in 4 and in 8 bits, one after the other, static scales, the head.
 
 What is done is kept if it is interrupted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flashdrive_node.evaluation.clip import ClipSource
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import InputError
-from flashdrive_node.model.int4 import Int4Weight
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.paro_layouts import GROUP_SIZE
-from flashdrive_node.model.paroquant import ParoWeight
-from flashdrive_node.model.precision import BF16, FP8_STATIC, INT4, INT8, StagePrecision
+from flashdrive_node.model.precision import BF16, FP8, FP8_STATIC, INT4, INT8, W4A8, StagePrecision
 from flashdrive_node.model.quantised_writer import save_quantised
+from flashdrive_node.training.float_rounding import FloatFit, fit_float
 from flashdrive_node.training.head_check import HEAD, HeadCheck, check_head
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
-from flashdrive_node.training.rotation_fit import Fit, FitSettings, fit
+from flashdrive_node.training.quantised_parts import Parts
+from flashdrive_node.training.rotation_fit import NEAREST, Fit, FitSettings, fit
 
 logger = logging.getLogger(__name__)
 
 _TEXT_LAYERS = "language.layers."
+#: Told the step and its relative error.
+Progress = Callable[[int, float], None]
+
+
+class _Packed(Protocol):
+    """A layer that can be kept."""
+
+    def packed(self) -> tuple[dict[str, Tensor], list[float]]: ...
+
+
+T = TypeVar("T", bound=_Packed)
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,15 @@ class LayerError:
     """How far a layer's outputs are from the original's, relative, on windows that it was not fitted on."""
 
     layer: str
+    #: "w4a8" (which stands for both of 4 bits) or "fp8".
+    format: str
     rows: int
     columns: int
     error: float
-    #: Before the second stage, which learns the rounding.
-    rotated_error: float
     #: Of rounding to the nearest without scales and rotation.
     nearest_error: float
+    #: In 4 bits, before the second stage, which learns the rounding.
+    rotated_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def quantise_checkpoint(
     inputs: InputSettings,
     settings: FitSettings,
 ) -> QuantisationReport:
-    """Fit every text layer that is to have 4 bits, measure what else the precision needs, and write the checkpoint.
+    """Fit every layer that is to have 4 or 8 bits, measure what else the precision needs, and write the checkpoint.
 
     Finished layers lie in ``DIRECTORY.parts`` until the checkpoint is written; a second call with the same model and
     settings takes them from there.
@@ -89,20 +97,23 @@ def quantise_checkpoint(
         stages: What it is quantised for; something in it needs a calibration.
         directory: New or empty directory.
         tokenizer_files_dir: Where tokenizer files are copied from.
-        inputs, settings: How to calibrate.
+        inputs, settings: How to calibrate. Where rounding is to the nearest, layers in 8 bits need none.
 
     Raises:
         InputError: Nothing that could be quantised, or too few windows.
         CheckpointError: The directory is in use.
     """
-    fitting, left_out = quantisable(loaded.model)
+    model = loaded.model
+    fitting, left_out = quantisable(model)
     names = fitting if stages.four_bits else []
-    static = static_layers(loaded.model, stages)
-    wanted = [*names, *static, *([HEAD] if stages.lm_head == INT4 else [])]
+    floats = [] if settings.method == NEAREST else layers_in(model, stages, FP8, FP8_STATIC)
+    static = layers_in(model, stages, FP8_STATIC)
+    wanted = [*names, *floats, *static, *([HEAD] if stages.lm_head == INT4 else [])]
     if not wanted or (stages.four_bits and not names):
         raise InputError(
-            f"a precision that needs a calibration (4 bits or {FP8_STATIC}) and a model with layers of "
-            f"{GROUP_SIZE}-column groups are required, found {stages.name or BF16} and {len(fitting)} such layers"
+            f"a precision that needs a calibration (4 bits, {FP8} that is not rounded to the nearest, or {FP8_STATIC}) "
+            f"and a model with layers of {GROUP_SIZE}-column groups are required, found {stages.name or BF16} and "
+            f"{len(fitting)} such layers"
         )
     identity = {
         "sha256": loaded.info.sha256,
@@ -110,20 +121,43 @@ def quantise_checkpoint(
         "inputs": asdict(inputs),
         "fit": asdict(settings),
     }
-    parts = _Parts(directory.with_name(f"{directory.name}.parts"), identity)
-    fits = {name: done for name in names if (done := parts.read(name)) is not None}
-    met = _met(loaded, source, [name for name in wanted if name not in fits], static, inputs)
-    fits = _fit_layers(loaded.model, names, fits, parts, met, settings)
-    head = check_head(loaded.model, met) if stages.lm_head == INT4 else None
+    parts = Parts(directory.with_name(f"{directory.name}.parts"), identity)
+    small, eight = _done(names, parts, Fit.unpacked), _done(floats, parts, FloatFit.unpacked)
+    met = _met(loaded, source, [name for name in wanted if name not in {*small, *eight}], static, floats, inputs)
+
+    def fit_rotated(name: str, progress: Progress) -> Fit:
+        return fit(_weight(model, name), *_rows(met, name, model), settings, progress)
+
+    def fit_rounded(name: str, progress: Progress) -> FloatFit:
+        done = fit_float(_weight(model, name), *_rows(met, name, model))
+        progress(0, done.error)
+        return replace(done, weight=done.weight.bfloat16().cpu())
+
+    _fit_layers("4 bits", names, small, max(settings.total_steps, 1), fit_rotated, parts)
+    _fit_layers("8 bits", floats, eight, 1, fit_rounded, parts)
+    head = check_head(model, met) if stages.lm_head == INT4 else None
     if head is not None and not head.kept:
         stages = replace(stages, lm_head=INT8)
-    layers = {name: done.weight for name, done in fits.items()}
-    config = loaded.model.config
-    save_quantised(loaded.model, layers, stages, config, directory, tokenizer_files_dir, largest_inputs=met.largest)
+    save_quantised(
+        model,
+        {name: small[name].weight for name in names},
+        stages,
+        model.config,
+        directory,
+        tokenizer_files_dir,
+        largest_inputs=met.largest,
+        rounded={name: eight[name].weight for name in floats},
+    )
     parts.remove()
     errors = [
-        LayerError(name, *done.weight.matrix.shape, done.error, done.rotated_error, done.nearest_error)
-        for name, done in fits.items()
+        LayerError(name, W4A8, rows, columns, x.error, x.nearest_error, x.rotated_error)
+        for name, x in ((name, small[name]) for name in names)
+        for rows, columns in (x.weight.matrix.shape,)
+    ]
+    errors += [
+        LayerError(name, FP8, rows, columns, x.error, x.nearest_error)
+        for name, x in ((name, eight[name]) for name in floats)
+        for rows, columns in (x.weight.shape,)
     ]
     return QuantisationReport(
         checkpoint=str(loaded.info.path),
@@ -139,12 +173,12 @@ def quantise_checkpoint(
     )
 
 
-def static_layers(model: Alpamayo, stages: StagePrecision) -> list[str]:
-    """Names of the linear layers whose inputs get a static scale."""
+def layers_in(model: Alpamayo, stages: StagePrecision, *formats: str) -> list[str]:
+    """Names of the linear layers that are to be in one of some formats."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and stages.format_of(name) == FP8_STATIC
+        if isinstance(module, nn.Linear) and stages.format_of(name) in formats
     ]
 
 
@@ -171,76 +205,62 @@ def _met(
     source: ClipSource,
     left: Sequence[str],
     static: Sequence[str],
+    floats: Sequence[str],
     inputs: InputSettings,
 ) -> LayerInputs:
     """Inputs of the layers that are left to do; nothing is driven where none is."""
     if not left:
         return LayerInputs({}, {})
-    return collect_inputs(loaded, source, [name for name in left if name not in static], inputs, static)
+    kept = [name for name in left if name not in static or name in floats]
+    return collect_inputs(loaded, source, list(dict.fromkeys(kept)), inputs, static)
+
+
+def _weight(model: Alpamayo, name: str) -> Tensor:
+    return model.get_submodule(name).get_parameter("weight").detach()
+
+
+def _rows(met: LayerInputs, name: str, model: Alpamayo) -> tuple[Tensor, Tensor]:
+    """What a layer met, and what it met on windows that are held out."""
+    return met.fit[name].to(model.device), met.held_out[name].to(model.device)
 
 
 def _fit_layers(
-    model: Alpamayo,
+    title: str,
     names: Sequence[str],
-    done: Mapping[str, Fit],
-    parts: _Parts,
-    met: LayerInputs,
-    settings: FitSettings,
-) -> dict[str, Fit]:
-    """Fits of all layers, in order; `done` are those that were there already."""
+    done: dict[str, T],
+    steps: int,
+    fit_one: Callable[[str, Progress], T],
+    parts: Parts,
+) -> None:
+    """Fit the layers that are not done, in order, and keep each.
+
+    Args:
+        title: Of the progress bar.
+        names: Of all layers.
+        done: Takes the others; those in it were there already.
+        steps: Of one layer.
+        fit_one: Fits a layer, and reports its steps and errors.
+        parts: Where they are kept.
+    """
     if done:
-        logger.info("%d of %d layers are done, from %s", len(done), len(names), parts.directory)
-    fits, each = dict(done), max(settings.total_steps, 1)
-    with tqdm(total=len(names) * each, initial=len(fits) * each, unit="step", disable=not names) as bar:
-
-        def progress(step: int, error: float) -> None:
-            bar.update()
-            bar.set_postfix(error=f"{error:.4f}", refresh=False)
-
+        logger.info("%s: %d of %d layers are done, from %s", title, len(done), len(names), parts.directory)
+    with tqdm(total=len(names) * steps, initial=len(done) * steps, unit="step", disable=not names) as bar:
         for name in names:
-            if name in fits:
+            if name in done:
                 continue
-            bar.set_description(name.removeprefix(_TEXT_LAYERS))
-            weight = model.get_submodule(name).get_parameter("weight").detach()
-            rows = (met.fit[name].to(model.device), met.held_out[name].to(model.device))
-            fits[name] = fit(weight, *rows, settings, progress)
-            if not settings.total_steps:
+            bar.set_description(f"{title} {name}")
+            behind = bar.n + steps
+
+            def progress(step: int, error: float) -> None:
                 bar.update()
-            parts.write(name, fits[name])
-    return {name: fits[name] for name in names}
+                bar.set_postfix(error=f"{error:.4f}", refresh=False)
+
+            done[name] = fit_one(name, progress)
+            bar.update(behind - bar.n)
+            parts.write(name, *done[name].packed())
 
 
-class _Parts:
-    """Finished layers on the disk, of one model and one way to calibrate."""
-
-    def __init__(self, directory: Path, identity: Mapping[str, Any]):
-        self.directory = directory
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def write(self, name: str, done: Fit) -> None:
-        """Keep a layer."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        tensors = dict(zip(ParoWeight._fields[:3], done.weight[:3], strict=True))
-        tensors |= dict(zip(Int4Weight._fields, done.weight.matrix, strict=True))
-        tensors["errors"] = torch.tensor([done.error, done.rotated_error, done.nearest_error], dtype=torch.float64)
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial)
-        partial.rename(path)
-
-    def read(self, name: str) -> Fit | None:
-        """A layer that was kept, or None."""
-        path = self._path(name)
-        if not path.is_file():
-            return None
-        tensors: dict[str, Tensor] = load_file(path)
-        errors = tensors.pop("errors").tolist()
-        matrix = Int4Weight(*(tensors.pop(key) for key in Int4Weight._fields))
-        return Fit(ParoWeight(**tensors, matrix=matrix), *errors)
-
-    def remove(self) -> None:
-        """All layers are where they belong."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _path(self, name: str) -> Path:
-        return self.directory / f"{name}.{self.key[:16]}.safetensors"
+def _done(names: Sequence[str], parts: Parts, unpacked: Callable[[dict[str, Tensor], list[float]], T]) -> dict[str, T]:
+    """Layers that were kept."""
+    found = {name: parts.read(name) for name in names}
+    return {name: unpacked(*part) for name, part in found.items() if part is not None}

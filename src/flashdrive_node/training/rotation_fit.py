@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.givens import pair_index, random_pairs, rotate_by_blocks, rotate_pairs, rotation_blocks
-from flashdrive_node.model.int4 import LEVELS, quantise
+from flashdrive_node.model.int4 import LEVELS, Int4Weight, quantise
 from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
 from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear, ParoWeight, round_tokens
 from flashdrive_node.training.rounding_fit import refine, relative_loss, straight_round
@@ -75,6 +75,19 @@ class Fit:
     rotated_error: float
     #: Of the same groups rounded to the nearest, without scales and rotation.
     nearest_error: float
+
+    def packed(self) -> tuple[dict[str, Tensor], list[float]]:
+        """Tensors by name, and errors."""
+        tensors = dict(zip(ParoWeight._fields[:3], self.weight[:3], strict=True))
+        tensors |= dict(zip(Int4Weight._fields, self.weight.matrix, strict=True))
+        return tensors, [self.error, self.rotated_error, self.nearest_error]
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], errors: list[float]) -> Fit:
+        """What `packed` was called for."""
+        matrix = Int4Weight(*(tensors[key] for key in Int4Weight._fields))
+        turn = {key: tensors[key] for key in ParoWeight._fields[:3]}
+        return cls(ParoWeight(**turn, matrix=matrix), *errors)
 
 
 def fit(
