@@ -73,7 +73,8 @@ def test_an_error_comes_behind_the_last_copy(monkeypatch: pytest.MonkeyPatch) ->
     targets = [np.zeros((4, 4, 3), np.uint8) for _ in frames]
     with pytest.raises(ValueError, match="shapes differ"):
         list(FrameCopies(2, 1).copy(targets, frames))
-    assert slow.begun.is_set() and slow.writing == 0
+    assert slow.begun.is_set()
+    assert slow.writing == 0
 
 
 def test_a_reader_that_leaves_early_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_precisions_side_by_side(options, tmp_path, capsys) -> None:
     clips = [*options[:4], "--device", "cpu"]
     for method in ("paroquant", "nearest"):
         command = ["quantize", str(plain), str(tmp_path / method), "--method", method, *clips, "--limit", "2"]
-        assert main([*command, "--stride", "1", "--rows", "8", "--steps", "2", "--rounding-steps", "2"]) == 0
+        assert main([*command, "--stride", "1", "--rows", "8", "--steps", "2"]) == 0
     out = tmp_path / "out"
     fours = [
         f"w4a8={tmp_path / 'paroquant'}",

@@ -45,10 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=fitting.steps, help="of learning scales and rotations, per layer (default: 100)"
     )
     parser.add_argument(
-        "--rounding-steps",
-        type=int,
-        default=fitting.rounding_steps,
-        help="of the second stage, which learns the rounding; 0 leaves it out (default: 100)",
+        "--no-second-stage", action="store_true", help="round to the nearest behind scales and rotations"
     )
     parser.add_argument("--rate", type=float, default=fitting.rate, help="of learning (default: 0.03)")
     parser.add_argument("--seed", type=int, default=0, help="of pairs, rows and texts (default: 0)")
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     settings = FitSettings(
         args.method,
         args.steps,
-        args.rounding_steps,
+        not args.no_second_stage,
         rate=args.rate,
         int8_inputs=stages.prefill == W4A8,
         seed=args.seed,

@@ -113,4 +113,7 @@ def write_report(report: QuantisationReport, directory: Path) -> None:
 
 
 def _short(layer: str) -> str:
-    return layer.replace("layers.", "").replace("blocks.", "").replace("language.", "text ").replace(".", " ")
+    """On the axis."""
+    for long, short in (("layers.", ""), ("blocks.", ""), ("language.", "text "), ("_mergers", ""), (".", " ")):
+        layer = layer.replace(long, short)
+    return layer
