@@ -199,6 +199,45 @@ def test_static_scales_and_a_head_in_four_bits(loaded: LoadedModel, tmp_path: Pa
     np.testing.assert_allclose(streaming.xyz, plain.xyz, atol=0.5, rtol=0.05)
 
 
+def test_floats_are_read_as_they_were_chosen(loaded: LoadedModel, tmp_path: Path) -> None:
+    """By whoever rounds rows, and in bfloat16 by whoever does not; the text layers are among them."""
+    report = quantise(loaded, tmp_path / "out", PRESETS["fp8"])
+    assert {layer.layer.partition(".")[0] for layer in report.layers} == {"vision", "language", "expert"}
+    assert all(layer.error <= layer.nearest_error for layer in report.layers)
+    assert any(layer.error < 0.9 * layer.nearest_error for layer in report.layers)
+    plain = load_alpamayo(tmp_path / "out", dtype=torch.float32, precision=PRESETS["bf16"]).model
+    model = load_alpamayo(tmp_path / "out", dtype=torch.float32).model  # as its config.json says
+    for layer in report.layers:
+        found = model.get_submodule(layer.layer)
+        assert isinstance(found, Fp8Linear)
+        if layer.error < layer.nearest_error:
+            assert torch.equal(found.dequantised(), plain.get_submodule(layer.layer).get_parameter("weight"))
+    assert "Layers in 8-bit floats" in markdown(report)
+    assert "4-bit layers" not in markdown(report)
+
+
+def test_floats_interrupted_and_gone_on(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = StagePrecision(expert="fp8")
+    whole = quantise(loaded, tmp_path / "whole", stages)
+    original, fitted = quantisation.fit_float, 0
+
+    def counted(*args: torch.Tensor) -> object:
+        nonlocal fitted
+        fitted += 1
+        if fitted == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(quantisation, "fit_float", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quantise(loaded, tmp_path / "out", stages)
+    report = quantise(loaded, tmp_path / "out", stages)
+    assert fitted == len(report.layers) + 1
+    assert report.layers == whole.layers
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize(("noise", "kept"), [(0.0, True), (2.0, False)])
 def test_head_is_kept_in_four_bits_where_no_token_changes(loaded: LoadedModel, noise: float, kept: bool) -> None:
     """States that point along one row of the head are decided by far; states at random are not."""
