@@ -1,7 +1,8 @@
-"""Frames arrive whole and in order, whatever their layout, and nobody writes to a target behind the end."""
+"""Frames arrive whole, whatever their layout, and nobody writes to a target behind the end."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -45,7 +46,7 @@ def test_each_piece_is_there_when_it_is_named(
     for frame, rows in FrameCopies(threads, pieces).copy(targets, frames):
         np.testing.assert_array_equal(targets[frame][rows], frames[frame][rows])
         covered += [(frame, row) for row in range(height)[rows]]
-    assert covered == [(frame, row) for frame in range(count) for row in range(height)]
+    assert sorted(covered) == [(frame, row) for frame in range(count) for row in range(height)]
 
 
 class _Slow:
@@ -86,3 +87,16 @@ def test_a_reader_that_leaves_early_leaves_nothing_running(monkeypatch: pytest.M
     assert slow.begun.is_set()
     copies.close()
     assert slow.writing == 0
+
+
+def test_threads_end_with_their_owner() -> None:
+    before = set(threading.enumerate())
+    copies = FrameCopies(2, 2)
+    frames = _frames(1, 8, 8, "rows", 0)
+    assert len(list(copies.copy([np.zeros((8, 8, 3), np.uint8)], frames))) == 2
+    own = set(threading.enumerate()) - before
+    assert len(own) == min(2, os.cpu_count() or 1) - 1
+    del copies
+    for thread in own:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in own)

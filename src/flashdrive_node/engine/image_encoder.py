@@ -33,10 +33,10 @@ class ImageEncoder:
         self._frames: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # [1 + levels, image tokens, text hidden].
         self._features: Tensor | None = None
-        self._copies = FrameCopies()
+        self._copies: FrameCopies | None = None
         self._uploads: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
-            self._uploads = torch.cuda.Stream(model.device)
+            self._copies, self._uploads = FrameCopies(), torch.cuda.Stream(model.device)
             # When the last frames have been sent, and when they have been read.
             self._sent, self._read = torch.cuda.Event(), torch.cuda.Event()
 
@@ -54,7 +54,7 @@ class ImageEncoder:
             InputError: Frames that cannot be one batch.
         """
         names = [f"camera {i} of {len(cameras)}" for i in range(len(cameras))]
-        if self._uploads is None:
+        if self._uploads is None or self._copies is None:
             return [as_batch(frames, name) for frames, name in zip(cameras, names, strict=True)]
         for frames, name in zip(cameras, names, strict=True):
             check_frames(frames, name)
