@@ -43,7 +43,7 @@ def test_each_piece_is_there_when_it_is_named(
     frames = _frames(count, height, width, layout, seed)
     targets = [np.zeros((height, width, 3), np.uint8) for _ in frames]
     covered: list[tuple[int, int]] = []
-    for frame, rows in FrameCopies(threads, pieces).copy(targets, frames):
+    for frame, rows in FrameCopies(threads, pieces).start(targets, frames):
         np.testing.assert_array_equal(targets[frame][rows], frames[frame][rows])
         covered += [(frame, row) for row in range(height)[rows]]
     assert sorted(covered) == [(frame, row) for frame in range(count) for row in range(height)]
@@ -73,7 +73,7 @@ def test_an_error_comes_behind_the_last_copy(monkeypatch: pytest.MonkeyPatch) ->
     frames = [np.ones((4, 3, 3), np.uint8), np.ones((4, 4, 3), np.uint8), np.ones((4, 4, 3), np.uint8)]
     targets = [np.zeros((4, 4, 3), np.uint8) for _ in frames]
     with pytest.raises(ValueError, match="shapes differ"):
-        list(FrameCopies(2, 1).copy(targets, frames))
+        list(FrameCopies(2, 1).start(targets, frames))
     assert slow.begun.is_set()
     assert slow.writing == 0
 
@@ -82,18 +82,25 @@ def test_a_reader_that_leaves_early_leaves_nothing_running(monkeypatch: pytest.M
     slow = _Slow()
     monkeypatch.setattr(frame_copies, "np", slow)
     frames = _frames(4, 16, 16, "rows", 0)
-    copies = FrameCopies(2, 8).copy([np.zeros((16, 16, 3), np.uint8) for _ in frames], frames)
-    next(copies)
-    assert slow.begun.is_set()
-    copies.close()
-    assert slow.writing == 0
+    copies = FrameCopies(2, 8)
+    for leave in ("at once", "behind the first"):
+        targets = [np.zeros((16, 16, 3), np.uint8) for _ in frames]
+        copying = copies.start(targets, frames)
+        if leave == "behind the first":
+            pieces = iter(copying)
+            next(pieces)
+            assert slow.begun.is_set()
+            pieces.close()  # type: ignore[attr-defined]
+        copying.wait()
+        assert slow.writing == 0
+        np.testing.assert_array_equal(targets, frames)
 
 
 def test_threads_end_with_their_owner() -> None:
     before = set(threading.enumerate())
     copies = FrameCopies(2, 2)
     frames = _frames(1, 8, 8, "rows", 0)
-    assert len(list(copies.copy([np.zeros((8, 8, 3), np.uint8)], frames))) == 2
+    assert len(list(copies.start([np.zeros((8, 8, 3), np.uint8)], frames))) == 2
     own = set(threading.enumerate()) - before
     assert len(own) == min(2, os.cpu_count() or 1) - 1
     del copies

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import NamedTuple
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 THREADS = 6
 #: Pieces of a frame: those of four frames go evenly into six threads.
 PIECES = 3
+
+
+Pixels = NDArray[np.uint8]
 
 
 class Piece(NamedTuple):
@@ -47,11 +50,49 @@ class _Copy(NamedTuple):
             self.done.put((self.piece, None))
 
 
-class FrameCopies:
-    """Threads that copy frames, with the one that asks among them.
+class Copying:
+    """Copies that are being made. Its targets are written to until it has been gone through or waited for."""
 
-    Queues written in C in place of an executor's futures: handing over eight pieces takes a tenth of a millisecond
-    less.
+    def __init__(self, copies: SimpleQueue[_Copy | None], pieces: Sequence[tuple[Piece, Pixels, Pixels]]):
+        self._copies = copies
+        self._done: SimpleQueue[tuple[Piece, Exception | None]] = SimpleQueue()
+        self._left = len(pieces)
+        for piece, target, source in pieces:
+            copies.put(_Copy(piece, target, source, self._done))
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Pieces as they are there. An error, such as of a frame that does not fit, is raised behind the last copy."""
+        try:
+            while self._left:
+                piece, error = self._next()
+                if error is not None:
+                    raise error
+                yield piece
+        finally:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nobody writes to the targets any more."""
+        while self._left:
+            self._next()
+
+    def _next(self) -> tuple[Piece, Exception | None]:
+        """What is there next; makes a copy that nobody has begun meanwhile."""
+        try:
+            copy = self._copies.get_nowait()
+        except Empty:
+            copy = None
+        if copy is not None:
+            copy.make()
+        piece, error = self._done.get()
+        self._left -= 1
+        return piece, error
+
+
+class FrameCopies:
+    """Threads that copy frames, with the one that waits for them among them.
+
+    Queues written in C in place of an executor's futures: handing over eight pieces takes 0.2 ms less.
     """
 
     def __init__(self, threads: int = THREADS, pieces: int = PIECES):
@@ -68,43 +109,15 @@ class FrameCopies:
             Thread(target=_work, args=(self._copies,), name=f"frame-copies-{number}", daemon=True).start()
         weakref.finalize(self, _end, self._copies, others)
 
-    def copy(
-        self, targets: Sequence[NDArray[np.uint8]], frames: Sequence[NDArray[np.uint8]]
-    ) -> Generator[Piece, None, None]:
-        """Copy each frame [height, width, 3] to its target, and name pieces when they are there.
-
-        An error, or a reader that leaves, ends it behind the last copy: nobody writes to the targets any more.
-        """
-        done: SimpleQueue[tuple[Piece, Exception | None]] = SimpleQueue()
-        left = 0
+    def start(self, targets: Sequence[Pixels], frames: Sequence[Pixels]) -> Copying:
+        """Begin to copy each frame [height, width, 3] to its target."""
+        pieces: list[tuple[Piece, Pixels, Pixels]] = []
         for number, frame in enumerate(frames):
             step = -(-len(frame) // self._pieces) or 1
             for first in range(0, len(frame), step):
                 rows = slice(first, first + step)
-                self._copies.put(_Copy(Piece(number, rows), targets[number][rows], frame[rows], done))
-                left += 1
-        try:
-            while left:
-                self._help()
-                piece, error = done.get()
-                left -= 1
-                if error is not None:
-                    raise error
-                yield piece
-        finally:
-            while left:
-                self._help()
-                done.get()
-                left -= 1
-
-    def _help(self) -> None:
-        """Make a copy that nobody has begun."""
-        try:
-            copy = self._copies.get_nowait()
-        except Empty:
-            return
-        if copy is not None:
-            copy.make()
+                pieces.append((Piece(number, rows), targets[number][rows], frame[rows]))
+        return Copying(self._copies, pieces)
 
 
 def _work(copies: SimpleQueue[_Copy | None]) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashdrive_node.engine.frame_copies import FrameCopies
+from flashdrive_node.engine.frame_copies import Copying, FrameCopies
 from flashdrive_node.engine.graphs import Graphs
 from flashdrive_node.engine.kernels.patches import frame_patches
 from flashdrive_node.engine.vision_pass import Grid, VisionPass, joined
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.images import as_batch, check_frames, target_size
 from flashdrive_node.model.vision import VisionFeatures
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """Frames on their way to the device."""
+
+    #: Per camera, as `ImageEncoder.upload` returns them.
+    batches: list[Tensor]
+    #: Of the frames of all cameras, one after the other: copies on the host that are being made, and the places there
+    #: and on the device.
+    copying: Copying | None = None
+    hosts: tuple[Tensor, ...] = ()
+    targets: tuple[Tensor, ...] = ()
 
 
 class ImageEncoder:
@@ -34,6 +48,7 @@ class ImageEncoder:
         # [1 + levels, image tokens, text hidden].
         self._features: Tensor | None = None
         self._copies: FrameCopies | None = None
+        self._copying: Copying | None = None
         self._uploads: torch.cuda.Stream | None = None
         if model.device.type == "cuda":
             self._copies, self._uploads = FrameCopies(), torch.cuda.Stream(model.device)
@@ -41,23 +56,25 @@ class ImageEncoder:
             self._sent, self._read = torch.cuda.Event(), torch.cuda.Event()
 
     def upload(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> list[Tensor]:
-        """Bring frames to the device.
+        """Bring frames to the device: `start` and `finish` in one."""
+        return self.finish(self.start(cameras))
+
+    def start(self, cameras: Sequence[Sequence[NDArray[np.uint8]]]) -> Upload:
+        """Begin to bring frames to the device, while the caller has other things to do.
 
         Args:
             cameras: Per camera its frames [height, width, 3], of one size.
-
-        Returns:
-            Per camera uint8 [frames, 3, height, width] on the model's device. On a GPU these are parts of buffers that
-            the next frames go to; the upload runs beside what the device does, which waits for it.
 
         Raises:
             InputError: Frames that cannot be one batch.
         """
         names = [f"camera {i} of {len(cameras)}" for i in range(len(cameras))]
         if self._uploads is None or self._copies is None:
-            return [as_batch(frames, name) for frames, name in zip(cameras, names, strict=True)]
+            return Upload([as_batch(frames, name) for frames, name in zip(cameras, names, strict=True)])
         for frames, name in zip(cameras, names, strict=True):
             check_frames(frames, name)
+        if self._copying is not None:
+            self._copying.wait()  # of an upload that was not finished
         self._make_room(cameras)
         self._sent.synchronize()  # long over, unless frames come one by one
         taken, batches = dict.fromkeys(self._frames, 0), []
@@ -72,13 +89,25 @@ class ImageEncoder:
             batches.append(device.permute(0, 3, 1, 2))
             taken[size] = own.stop
         flat = [frame for frames in cameras for frame in frames]
+        self._copying = self._copies.start([host.numpy() for host in hosts], flat)
+        return Upload(batches, self._copying, tuple(hosts), tuple(targets))
+
+    def finish(self, upload: Upload) -> list[Tensor]:
+        """Bring to the device what `start` began to.
+
+        Returns:
+            Per camera uint8 [frames, 3, height, width] on the model's device. On a GPU these are parts of buffers that
+            the next frames go to; the upload runs beside what the device does, which waits for it.
+        """
+        if upload.copying is None or self._uploads is None:
+            return upload.batches
         with torch.cuda.stream(self._uploads):
             self._uploads.wait_event(self._read)
-            for frame, rows in self._copies.copy([host.numpy() for host in hosts], flat):
-                targets[frame][rows].copy_(hosts[frame][rows], non_blocking=True)
+            for frame, rows in upload.copying:
+                upload.targets[frame][rows].copy_(upload.hosts[frame][rows], non_blocking=True)
             self._sent.record()
         torch.cuda.current_stream(self.model.device).wait_stream(self._uploads)
-        return batches
+        return upload.batches
 
     def encode(self, cameras: Sequence[Tensor]) -> VisionFeatures:
         """Features of frames that `upload` gave, camera by camera; the next call may overwrite them."""

@@ -176,10 +176,10 @@ class PlainEngine:
         s, model = self.settings, self._model()
         assert self.loaded is not None
         device = model.device
-        generator = torch.Generator(device).manual_seed(s.seed + self.windows)
+        timer, seed = StageTimer(device), s.seed + self.windows
         self.windows += 1
-        timer = StageTimer(device)
         prompt, context, logits = self._read(observation, timer)
+        generator = torch.Generator(device).manual_seed(seed)
         # In front of the texts, so that it is the same whatever they draw; behind the images, which the device awaits.
         noise = inference.draw_noise(model, s.samples, s.noise_temperature, generator)
         # A 16 x 16 system: the host solves it while the device works, a GPU's solver would wait for the device.

@@ -6,6 +6,7 @@ several, none, or a gap are all the same to it. On a GPU every stage is a captur
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashdrive_node.engine import speculative
+from flashdrive_node.engine.arrivals import Arrivals
 from flashdrive_node.engine.draft_rule import DraftRule, Script, SkipRule, block_sizes
 from flashdrive_node.engine.drafter import Drafter, PromptMemory, load_drafter_of
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
@@ -27,13 +29,12 @@ from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.prediction import Departure, Reasoning, Spoken, spoken
 from flashdrive_node.engine.prompt_reader import PromptReader
 from flashdrive_node.engine.prompt_slots import prompt_room, tapped_tokens
-from flashdrive_node.engine.protocol import CameraFrames, EngineError, EngineInfo, Observation, Prediction, Progress
+from flashdrive_node.engine.protocol import EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
 from flashdrive_node.engine.speculative import Speculated, TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
 from flashdrive_node.engine.taps import Tapped
-from flashdrive_node.engine.vision_pass import copied, joined, split
 from flashdrive_node.engine.window_plan import plan_window
 from flashdrive_node.model.errors import InputError, ModelError
 from flashdrive_node.model.history_tokens import encode_history
@@ -42,7 +43,6 @@ from flashdrive_node.model.inference import Context, Generated
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.prompt import Prompt, driving_prompt, fuse_history
-from flashdrive_node.model.vision import VisionFeatures
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +58,6 @@ class Stages:
     flow: FlowPass
     #: Where navigation guidance is wanted.
     unguided: UnguidedContext | None
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A frame and its features."""
-
-    stamp_ns: int
-    features: VisionFeatures
 
 
 class StreamingEngine(PlainEngine):
@@ -86,14 +78,14 @@ class StreamingEngine(PlainEngine):
         self.scripted_gain = 1
         self.graphs: Graphs | None = None
         self.stream: Stream | None = None
-        self.encoder: ImageEncoder | None = None
+        self.arrivals: Arrivals | None = None
         self.reader: PromptReader | None = None
         self.novelty = Novelty()
         self._stages: Stages | None = None
         self._said: Speculated | None = None
         self._figures: dict[str, float] = {}
-        #: By camera index: its frame of the coming window, if that came ahead and is not in the stream yet.
-        self._waiting: dict[int, Encoded] = {}
+        #: Of the last window, with what it follows from.
+        self._layout_and_prompt: tuple[Hashable, Prompt] | None = None
 
     def load(self, progress: Progress | None = None) -> EngineInfo:
         """Read the checkpoint, and the drafter if there is one, onto the device."""
@@ -158,17 +150,14 @@ class StreamingEngine(PlainEngine):
         Raises:
             EngineError: The frame cannot be used. The engine is reset and usable.
         """
-        stream, encoder = self._streaming()
+        stream, arrivals = self._streaming()
         try:
-            features = encoder.encode(encoder.upload([[image]]))
-            # Copied: the next frame's go to the same place.
-            self._waiting[camera_index] = Encoded(stamp_ns, copied(features))
-            while stream.next_camera in self._waiting:
+            arrivals.take(camera_index, stamp_ns, image)
+            while stream.next_camera in arrivals.waiting:
                 camera = stream.next_camera
-                taken = self._waiting[camera]
-                if not stream.advance(camera, taken.stamp_ns, taken.features):
+                if not stream.advance(camera, *arrivals.waiting[camera]):
                     break
-                del self._waiting[camera]
+                del arrivals.waiting[camera]
         except ModelError as error:
             self._forget()
             raise EngineError(f"frame of camera {camera_index} at {stamp_ns} ns: {error}") from error
@@ -182,8 +171,9 @@ class StreamingEngine(PlainEngine):
         self._forget()
 
     def _forget(self) -> None:
-        self._waiting.clear()
         self.novelty.reset()
+        if self.arrivals is not None:
+            self.arrivals.waiting.clear()
         if self.stream is not None:
             self.stream.reset()
 
@@ -191,13 +181,14 @@ class StreamingEngine(PlainEngine):
         """Free the weights and the stream."""
         if self.graphs is not None:
             self.graphs.clear()
-        self.graphs = self.stream = self.encoder = self.drafter = self.reader = self._stages = None
+        self.graphs = self.stream = self.arrivals = self.drafter = self.reader = self._stages = None
+        self._layout_and_prompt = None
         plan_window.cache_clear()  # plans hold index tensors on the device
         super().close()
 
-    def _streaming(self) -> tuple[Stream, ImageEncoder]:
+    def _streaming(self) -> tuple[Stream, Arrivals]:
         """The stream and what feeds it, made for the first window."""
-        if self.stream is None or self.encoder is None:
+        if self.stream is None or self.arrivals is None:
             s, model, tapped, block = self.settings, self._model(), None, 1
             if self.drafter is not None:
                 assert self.loaded is not None
@@ -207,10 +198,10 @@ class StreamingEngine(PlainEngine):
             room += s.samples * model.config.action_space.n_waypoints
             self.graphs = Graphs(model.device, s.graphs)
             self.stream = Stream(model, s.stream, room, self.graphs, tapped)
-            self.encoder = ImageEncoder(model, self.graphs)
+            self.arrivals = Arrivals(ImageEncoder(model, self.graphs))
             if self.drafter is not None and self.drafter.config.variant == "routine":
                 self.reader = PromptReader(self.drafter, self.stream, reach)
-        return self.stream, self.encoder
+        return self.stream, self.arrivals
 
     @property
     def _rows(self) -> int:
@@ -243,28 +234,33 @@ class StreamingEngine(PlainEngine):
 
     def _read(self, observation: Observation, timer: StageTimer) -> tuple[Prompt, Context, Tensor]:
         assert self.loaded is not None
-        model, cameras = self._model(), observation.cameras
-        stream, _ = self._streaming()
-        prompt = driving_prompt(
-            self.loaded.tokenizer,
-            model.config,
-            [camera.camera_index for camera in cameras],
-            len(cameras[0].images) if cameras else 0,
-            self._grids(observation),
-            observation.nav_text,
-        )
-        stamps = [camera.stamps_ns for camera in cameras]
+        config = self.loaded.model.config
+        stream, arrivals = self._streaming()
+        prompt = self._prompt_of(observation)
+        stamps = [camera.stamps_ns for camera in observation.cameras]
         plan = stream.plan(prompt, stamps)
+        new = arrivals.begin(plan.encode, prompt, observation.cameras)  # copied by other threads meanwhile
         if self.reader is not None:
             self.reader.place(prompt)
-        stream.age(plan)  # while the host copies pictures
-        features = self._features_of(plan.encode, prompt, cameras, timer)
-        self._waiting.clear()
-        fused = fuse_history(prompt, encode_history(*ego_history(observation), model.config))
+        stream.age(plan)
+        features = arrivals.features(new, prompt, timer)
+        fused = fuse_history(prompt, encode_history(*ego_history(observation), config))
         context, logits = stream.prefill(plan, fused.ids, stamps, features)
         timer.lap("prefill")
         self._figures = {"new_images": float(len(plan.encode)), "computed_tokens": float(len(plan.rows.slots))}
         return fused, context, logits
+
+    def _prompt_of(self, observation: Observation) -> Prompt:
+        """Without history; windows of one layout and navigation text share it."""
+        assert self.loaded is not None
+        cameras, text = observation.cameras, observation.nav_text
+        layout = tuple((camera.camera_index, *(image.shape for image in camera.images)) for camera in cameras), text
+        if self._layout_and_prompt is None or self._layout_and_prompt[0] != layout:
+            indices, frames = [camera.camera_index for camera in cameras], len(cameras[0].images) if cameras else 0
+            tokenizer, config = self.loaded.tokenizer, self.loaded.model.config
+            prompt = driving_prompt(tokenizer, config, indices, frames, self._grids(observation), text)
+            self._layout_and_prompt = layout, prompt
+        return self._layout_and_prompt[1]
 
     def _grids(self, observation: Observation) -> list[tuple[int, int]]:
         """Patch rows and columns of every image, from its size alone."""
@@ -280,36 +276,6 @@ class StreamingEngine(PlainEngine):
                 h, w = target_size(height, width, config.min_pixels, config.max_pixels, vision.resize_factor)
                 grids.append((h // vision.patch_size, w // vision.patch_size))
         return grids
-
-    def _features_of(
-        self, images: tuple[int, ...], prompt: Prompt, cameras: tuple[CameraFrames, ...], timer: StageTimer
-    ) -> VisionFeatures | None:
-        """Features of some of a window's images, by their places; frames that were taken ahead have theirs already."""
-        _, encoder = self._streaming()
-        parts: dict[int, VisionFeatures] = {}
-        rest: list[int] = []
-        frames_of: list[list[NDArray[np.uint8]]] = []
-        for k, camera in enumerate(cameras):
-            waiting = self._waiting.get(camera.camera_index)
-            frames_of.append([])
-            for i in images:
-                if i // prompt.frames_per_camera != k:
-                    continue
-                frame = i % prompt.frames_per_camera
-                if waiting is not None and waiting.stamp_ns == camera.stamps_ns[frame]:
-                    parts[i] = waiting.features
-                else:
-                    frames_of[k].append(camera.images[frame])
-                    rest.append(i)
-        if rest:
-            uploaded = encoder.upload([frames for frames in frames_of if frames])
-            timer.lap("images")
-            features = encoder.encode(uploaded)
-            timer.lap("encode")
-            if not parts:
-                return features
-            parts |= zip(rest, split(features, [prompt.images[i].count for i in rest]), strict=True)
-        return joined([parts[i] for i in images]) if images else None
 
     def _reason(self, context: Context, logits: Tensor, generator: torch.Generator) -> Reasoning:
         s, stream = self.settings, self.stream
