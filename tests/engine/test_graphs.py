@@ -17,6 +17,7 @@ from flashdrive_node.engine import streaming
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.engine.drafter_config import PARTS, DrafterConfig, Rotary, rotary_sections
 from flashdrive_node.engine.flow_schedule import PUBLISHED_8
+from flashdrive_node.engine.frame_copies import FrameCopies
 from flashdrive_node.engine.graphs import Cuts, Graphs
 from flashdrive_node.engine.protocol import CameraFrames, Observation, Prediction
 from flashdrive_node.engine.read_back import ReadBack
@@ -168,7 +169,8 @@ def test_stages_read_from_buffers_that_stay_in_place(loaded, options, monkeypatc
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeEvent())
     recorded = engine(loaded, **options)
-    _, encoder = recorded._streaming()
+    encoder = recorded._streaming()[1].encoder
+    encoder._copies = FrameCopies()
     encoder._uploads = encoder._sent = encoder._read = FakeEvent()  # type: ignore[assignment]
     assert_equal([recorded.step(w) for w in DRIVE], expected)
     assert isinstance(recorded.graphs, Recorded)
