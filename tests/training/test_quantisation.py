@@ -217,14 +217,14 @@ def test_floats_are_read_as_they_were_chosen(loaded: LoadedModel, tmp_path: Path
 
 
 def test_floats_interrupted_and_gone_on(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = StagePrecision(expert="fp8")
+    stages = StagePrecision(vision="fp8_static", expert="fp8")
     whole = quantise(loaded, tmp_path / "whole", stages)
     original, fitted = quantisation.fit_float, 0
 
     def counted(*args: torch.Tensor) -> object:
         nonlocal fitted
         fitted += 1
-        if fitted == 2:
+        if fitted == len(whole.layers):
             raise KeyboardInterrupt
         return original(*args)
 
@@ -233,7 +233,10 @@ def test_floats_interrupted_and_gone_on(loaded: LoadedModel, tmp_path: Path, mon
         quantise(loaded, tmp_path / "out", stages)
     report = quantise(loaded, tmp_path / "out", stages)
     assert fitted == len(report.layers) + 1
-    assert report.layers == whole.layers
+    assert report == whole
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "out")]
+    assert configs[0]["largest_inputs"] == configs[1]["largest_inputs"]
+    assert len(configs[0]["largest_inputs"]) == report.static > 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
 

@@ -123,7 +123,13 @@ def quantise_checkpoint(
     }
     parts = Parts(directory.with_name(f"{directory.name}.parts"), identity)
     small, eight = _done(names, parts, Fit.unpacked), _done(floats, parts, FloatFit.unpacked)
-    met = _met(loaded, source, [name for name in wanted if name not in {*small, *eight}], static, floats, inputs)
+    # Static layers' inputs are measured in any case, whether their weights are done or not.
+    left = [
+        name
+        for name in dict.fromkeys(wanted)
+        if name not in {*small, *eight} and (name in floats or name not in static)
+    ]
+    met = collect_inputs(loaded, source, left, inputs, static) if left or static else LayerInputs({}, {})
 
     def fit_rotated(name: str, progress: Progress) -> Fit:
         return fit(_weight(model, name), *_rows(met, name, model), settings, progress)
@@ -149,16 +155,6 @@ def quantise_checkpoint(
         rounded={name: eight[name].weight for name in floats},
     )
     parts.remove()
-    errors = [
-        LayerError(name, W4A8, rows, columns, x.error, x.nearest_error, x.rotated_error)
-        for name, x in ((name, small[name]) for name in names)
-        for rows, columns in (x.weight.matrix.shape,)
-    ]
-    errors += [
-        LayerError(name, FP8, rows, columns, x.error, x.nearest_error)
-        for name, x in ((name, eight[name]) for name in floats)
-        for rows, columns in (x.weight.shape,)
-    ]
     return QuantisationReport(
         checkpoint=str(loaded.info.path),
         sha256=loaded.info.sha256,
@@ -166,7 +162,7 @@ def quantise_checkpoint(
         stages=stages.as_dict(),
         inputs=asdict(inputs),
         fit=asdict(settings),
-        layers=errors,
+        layers=[*(_error_of(name, small[name]) for name in names), *(_error_of(name, eight[name]) for name in floats)],
         left_out=left_out if names else [],
         static=len(static),
         head=head,
@@ -200,19 +196,12 @@ def _fused_rows(model: Alpamayo, name: str) -> Sequence[int]:
     return parts.get(name.rpartition(".")[2], (text.hidden_size,))
 
 
-def _met(
-    loaded: LoadedModel,
-    source: ClipSource,
-    left: Sequence[str],
-    static: Sequence[str],
-    floats: Sequence[str],
-    inputs: InputSettings,
-) -> LayerInputs:
-    """Inputs of the layers that are left to do; nothing is driven where none is."""
-    if not left:
-        return LayerInputs({}, {})
-    kept = [name for name in left if name not in static or name in floats]
-    return collect_inputs(loaded, source, list(dict.fromkeys(kept)), inputs, static)
+def _error_of(name: str, done: Fit | FloatFit) -> LayerError:
+    if isinstance(done, FloatFit):
+        rows, columns = done.weight.shape
+        return LayerError(name, FP8, rows, columns, done.error, done.nearest_error)
+    rows, columns = done.weight.matrix.shape
+    return LayerError(name, W4A8, rows, columns, done.error, done.nearest_error, done.rotated_error)
 
 
 def _weight(model: Alpamayo, name: str) -> Tensor:
