@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flashdrive_node.cli.main import main
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
+from flashdrive_node.model.fp8 import Fp8Linear
+from flashdrive_node.model.loading import load_alpamayo
 from flashdrive_node.training.drafter_files import drafter_config, new_drafter, save_drafter
 from support.driven_bag import RIG, write_bag
 from support.quantised import NARROW, plain_model
@@ -149,3 +153,20 @@ def test_precisions_side_by_side(options, tmp_path, capsys) -> None:
     assert "different names of letters, digits and dashes are required" in capsys.readouterr().err
     assert main([*command, "--precisions", "bf16", "--configurations", "plain"]) == 2
     assert "--precisions or --configurations is required, found both" in capsys.readouterr().err
+
+
+def test_an_overlay_is_calibrated_with_the_checkpoint(options, tmp_path) -> None:
+    model = plain_model(tmp_path / "tokenizer", NARROW | {"layers": 1})
+    plain = save_checkpoint(model, model.config, tmp_path / "p", tokenizer_files_dir=tmp_path / "tokenizer")
+    rows = model.expert.config.q_size
+    queries = torch.randn(rows, model.expert.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    save_file({"expert.layers.0.self_attn.q_proj.weight": queries}, tmp_path / "overlay.safetensors")
+    command = ["quantize", str(plain), str(tmp_path / "out"), *options[:4], "--limit", "2", "--stride", "1"]
+    command += ["--device", "cpu", "--preset", "expert=fp8", "--overlay", str(tmp_path / "overlay.safetensors")]
+    assert main(command) == 0
+    layer = load_alpamayo(tmp_path / "out", dtype=torch.float32).model.expert.layers[0].qkv
+    assert isinstance(layer, Fp8Linear)
+    found = layer.dequantised()
+    # No value moves by more than rounding and making up for others' does.
+    assert (found[:rows] - queries).norm() < 0.1 * queries.norm()
+    assert (found[rows:] - model.expert.layers[0].qkv.weight[rows:]).norm() < 0.1 * found[rows:].norm()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from flashdrive_node.cli.clip_options import add_clip_options, clip_source
+from flashdrive_node.cli.engine_options import overlay_of
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.clip import ClipError
 from flashdrive_node.model.errors import CheckpointError, InputError
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-second-stage", action="store_true", help="round to the nearest behind scales and rotations"
     )
     parser.add_argument("--rate", type=float, default=fitting.rate, help="of learning (default: 0.03)")
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="PATH",
+        help="fine-tuned expert to put over the checkpoint's first, or 'bundled'",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of pairs, rows and texts (default: 0)")
     parser.add_argument("--device", default="auto", help="torch device (default: a GPU where there is one)")
 
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(str(args.out), ["a new or empty directory is required, found one in use"])
     engine = PlainSettings(args.checkpoint, device=args.device)
     source = clip_source(args, engine.torch_device)
-    loaded = load_alpamayo(args.checkpoint, engine.torch_device, engine.dtype)
+    loaded = load_alpamayo(args.checkpoint, engine.torch_device, engine.dtype, overlay=overlay_of(args))
     inputs = InputSettings(args.limit, args.stride, args.rows, args.seed)
     settings = FitSettings(
         args.method,

@@ -67,7 +67,9 @@ def fit_float(weight: Tensor, inputs: Tensor, held_out: Tensor) -> FloatFit:
     nearest_error = output_error(_nearest(weight), weight, held_out)
     found = round_by_rows(weight, inputs)
     error = output_error(found, weight, held_out)
-    return FloatFit(found, error, nearest_error) if error < nearest_error else FloatFit(weight, *(nearest_error,) * 2)
+    if error < nearest_error:
+        return FloatFit(found, error, nearest_error)
+    return FloatFit(weight, nearest_error, nearest_error)  # which readers round to the nearest
 
 
 def round_by_rows(weight: Tensor, inputs: Tensor) -> Tensor:
