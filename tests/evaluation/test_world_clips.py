@@ -1,6 +1,7 @@
 """Clips of the world: the expert's own drive, window by window."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from flashdrive_node.model.errors import InputError
 from flashdrive_node.world.camera import CAMERAS
 from flashdrive_node.world.draws import scene_keys
 from flashdrive_node.world.episode import Episode, record
-from flashdrive_node.world.render import render
+from flashdrive_node.world.render import View, render
 from flashdrive_node.world.scenario import sample_scenes
 from flashdrive_node.world.scene import Scene, select
+from flashdrive_node.world.state import State
 
 SIZE = (16, 32)
 
@@ -51,6 +53,22 @@ def test_two_passes_are_equal() -> None:
     one, two = (next(next(source.clips()).windows) for _ in range(2))
     for a, b in zip(one.observation.cameras, two.observation.cameras, strict=True):
         np.testing.assert_array_equal(a.images, b.images)
+
+
+def test_pictures_are_made_as_windows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(scene: Scene, state: State, *args: Any, **options: Any) -> View:
+        made.append(len(state.x))
+        return render(scene, state, *args, **options)
+
+    monkeypatch.setattr(world_clips, "render", counted)
+    windows = next(WorldClips("validation", range(1), windows=12, size=SIZE).clips()).windows
+    next(windows)
+    assert made == [4] * 4
+    whole = list(windows)
+    assert len(whole) == 11
+    assert made == [4] * 4 + [8] * 4 + [3] * 4
 
 
 def test_scenes_that_the_expert_does_not_master_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,10 +82,13 @@ class WorldClips:
         if bool(episode.faults.any[row]):
             notes.append("left out: the expert itself is at fault in this scene")
             return
-        steps = range(_FIRST - _FRAMES + 1, _FIRST + self.windows)
-        pictures = self._pictures(episode, row, steps)
+        runs = self._pictures(episode, row, range(_FIRST - _FRAMES + 1, _FIRST + self.windows))
+        pictures: dict[int, list[NDArray[np.uint8]]] = {camera.index: [] for camera in CAMERAS}
         for number in range(self.windows):
             step = _FIRST + number
+            while len(pictures[CAMERAS[0].index]) < number + _FRAMES:
+                for index, images in next(runs).items():
+                    pictures[index].extend(images)
             stamps = tuple(stamp_ns(s) for s in range(step - _FRAMES + 1, step + 1))
             cameras = tuple(
                 CameraFrames(camera.index, stamps, tuple(pictures[camera.index][number : number + _FRAMES]))
@@ -97,19 +100,24 @@ class WorldClips:
             truth = Truth(future_xyz, yaw.astype(np.float32), told.sentences[row])
             yield Window(Observation(number, stamp_ns(step), cameras, xyz, rot, told.navigation[row]), truth)
 
-    def _pictures(self, episode: Episode, row: int, steps: range) -> dict[int, NDArray[np.uint8]]:
-        """Frames of every camera by its index, uint8 [steps, height, width, 3]."""
-        together = len(steps) if self.device.type == "cuda" else _CPU_FRAMES
+    def _pictures(self, episode: Episode, row: int, steps: range) -> Iterator[dict[int, NDArray[np.uint8]]]:
+        """Frames of every camera by its index, uint8 [frames, height, width, 3], run by run.
+
+        A GPU makes all of them at once. On a CPU who takes but few of a clip's windows waits for no others.
+        """
         scene = move(select(episode.scene, torch.tensor([row])), self.device)
-        parts: dict[int, list[NDArray[np.uint8]]] = {camera.index: [] for camera in CAMERAS}
-        for start in range(0, len(steps), together):
+        start, together = 0, len(steps) if self.device.type == "cuda" else _FRAMES
+        while start < len(steps):
             states = [episode.states[s] for s in steps[start : start + together]]
+            start, together = start + together, max(together, _CPU_FRAMES)
             at = move(_over_time(states, row), self.device)
             scenes = select(scene, torch.zeros(len(states), dtype=torch.int64, device=self.device))
-            for camera in CAMERAS:
-                view = render(scenes, at, camera, self.size[1], self.size[0], compiled=self.compiled)
-                parts[camera.index].append(view.image.cpu().numpy())
-        return {index: np.concatenate(images) for index, images in parts.items()}
+            yield {
+                camera.index: render(scenes, at, camera, self.size[1], self.size[0], compiled=self.compiled)
+                .image.cpu()
+                .numpy()
+                for camera in CAMERAS
+            }
 
 
 class _Told(NamedTuple):
