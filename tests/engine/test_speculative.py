@@ -270,7 +270,7 @@ def test_expert_sees_what_one_at_a_time_decoding_leaves(rows, block, seed, chanc
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.integers(1, 3), block=st.integers(2, 6), seed=st.integers(0, 9999), skips=st.booleans())
 def test_guessing_ahead_changes_nothing(rows, block, seed, skips):
-    """A block more is guessed, behind the text's end."""
+    """A block more is guessed behind the texts' end, unless all of them were about to end."""
     model = talking_model(seed)
     prompted = Prompted(model, seed, rows, 10, block, 2)
     sampling = SamplingSettings(temperature=1.2, max_length=10)
@@ -292,18 +292,20 @@ def test_guessing_ahead_changes_nothing(rows, block, seed, skips):
         slots.append([cache.keys[:, :, a : a + n].clone() for a, n in zip(first, said.slots, strict=True)])
         guessed.append(blocks[0] - said.rounds)
     assert found[0] == found[1]
-    assert guessed == [0, 1]
+    assert guessed in ([0, 0], [0, 1])
     for a, b in zip(*slots, strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_text_that_closes_inside_a_block_takes_no_further_pass():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_text_that_closes_inside_a_block_takes_no_further_pass(ahead):
     """A script like the benchmark's: three rounds of five tokens, the stop token guessed behind the closing one."""
     model = talking_model(1)
     prompted = Prompted(model, 1, 1, 17, 8, 1)
     script = Script(torch.tensor([[WORDS[0]] * 14 + [CLOSING, STOP]]), gain=5)
     passes: list[str] = []
-    decoder = prompted.decoder(knowing([], 8), 8, SamplingSettings(temperature=0, max_length=17), script=script)
+    greedy = SamplingSettings(temperature=0, max_length=17)
+    decoder = prompted.decoder(knowing([], 8), 8, greedy, script=script, ahead=ahead)
     run = decoder.graphs.run
     decoder.graphs.run = lambda key, function: (passes.append(key[1]), run(key, function))[1]  # type: ignore[method-assign]
     found = decoder.decode(prompted.clear(), prompted.logits, prompted.states)

@@ -62,7 +62,8 @@ class TextDecoder:
 
     Each text has a stretch of the cache for itself, behind the prefix. Shapes are the same from pass to pass, and a
     text that has ended is carried along, so a pass is one graph; the host learns its tokens with one read-back and
-    decides whether another follows. On a GPU the drafter guesses the next block meanwhile, in vain behind the last one.
+    decides whether another follows. On a GPU the drafter guesses the next block meanwhile, unless all texts have their
+    end among the guesses that are being checked, which come true nearly always.
     In the end the slots of a text are those that `inference.decode` fills: up to and including the stop token, without
     the last token where the length limit or the end of turn cut the text.
     """
@@ -115,7 +116,7 @@ class TextDecoder:
         self._read_back = ReadBack(self._drawn)
         # The known token and the guesses behind it, and how many of these the drafter is sure of.
         self._block, self._sure = numbers(rows, self.size), numbers(rows)
-        self._sure_back = ReadBack(self._sure)
+        self._block_back, self._sure_back = ReadBack(self._block), ReadBack(self._sure)
         # Of the last pass: a token per text and its place in the text.
         self._tail = numbers(2, rows)
         self._repeated = numbers(rows, self.stretch)
@@ -152,13 +153,16 @@ class TextDecoder:
         routine: list[list[bool]] = [[False] for _ in range(self.rows)]
         running = list(range(self.rows))
         rounds = blocks = 0
+        guessed = False
         if self.guess_ahead:
             self._start_guess()
+            guessed = True
         while running:
-            if not self.guess_ahead:
+            if not guessed:
                 self._start_guess()
             size = self._start_check(running, generator)
-            if self.guess_ahead:
+            guessed = self.guess_ahead and not self._may_end(running, size)
+            if guessed:
                 self._start_guess()
             drawn = self._read_back.wait().tolist()
             if not rounds:
@@ -178,8 +182,18 @@ class TextDecoder:
         if self.draft is None:
             return
         self.graphs.run((self, "guess"), self._guess)
+        if self.guess_ahead:
+            self._block_back.start(self._block)
         if self.draft.skip is not None:
             self._sure_back.start(self._sure)
+
+    def _may_end(self, running: list[int], size: int) -> bool:
+        """Whether all texts that go on end with the guesses of theirs that are being checked, if these are right."""
+        if self.draft is None or self.rule.stop is None:
+            return False
+        # Guesses are older than the check that the device is at, so this waits for little.
+        guesses = self._block_back.wait()[running, 1:size]
+        return bool((guesses == self.rule.stop).any(dim=1).all())
 
     def _start_check(self, running: list[int], generator: torch.Generator | None) -> int:
         """Check the blocks, the result of which is on its way to the host then; the size of a block."""
