@@ -12,10 +12,11 @@ from torch import Tensor
 
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.draft_rule import DraftRule, Propose, Script, SkipRule, block_sizes
+from flashdrive_node.engine.drafted_texts import Speculated
 from flashdrive_node.engine.drafter import Drafter
 from flashdrive_node.engine.drafter_config import DrafterConfig
 from flashdrive_node.engine.flow_pass import SampledTexts, WaypointContext
-from flashdrive_node.engine.speculative import Speculated, TextDecoder
+from flashdrive_node.engine.speculative import TextDecoder
 from flashdrive_node.engine.taps import Taps
 from flashdrive_node.model import inference
 from flashdrive_node.model.alpamayo import Alpamayo

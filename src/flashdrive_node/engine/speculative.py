@@ -7,13 +7,12 @@ drafter guesses; a bad drafter costs time only. Where a text ends, the cache hol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from flashdrive_node.engine.draft_rule import DraftRule, Script
+from flashdrive_node.engine.drafted_texts import DraftedTexts, Speculated
 from flashdrive_node.engine.graphs import Cuts, Graphs
 from flashdrive_node.engine.kernels.attention import attend_for
 from flashdrive_node.engine.kernels.sampling import draw
@@ -29,27 +28,6 @@ from flashdrive_node.model.sampling import SamplingSettings
 
 #: Repeated texts are padded to multiples of so many tokens.
 REPEATED = 16
-
-
-@dataclass(frozen=True)
-class Speculated:
-    """Texts and how fast they came."""
-
-    text: Generated
-    #: Slots that each text has taken, from the start of its stretch.
-    slots: tuple[int, ...]
-    #: Passes of the model over blocks of all rows.
-    rounds: int
-    #: Blocks of single rows that were looked at; a row that has ended is carried along unlooked.
-    blocks: int
-    #: Of each text, which tokens the drafter guessed right; the others are the model's own.
-    routine: tuple[tuple[bool, ...], ...]
-
-    @property
-    def accept_length(self) -> float:
-        """Tokens gained per block; 1 would be one-at-a-time decoding."""
-        gained = sum(self.text.lengths) - len(self.text.lengths)  # the first of each row comes with the prefill
-        return gained / self.blocks if self.blocks else 0.0
 
 
 def slots_needed(rows: int, settings: SamplingSettings, block_size: int) -> int:
@@ -148,34 +126,23 @@ class TextDecoder:
         self._position.fill_(context.prefix + context.rope_delta)
         self._draw_noise(self.rows, generator)
         self.graphs.run((self, "first token"), lambda: self._first(logits, states))
-        texts: list[list[int]] = [[] for _ in range(self.rows)]
-        # Per token whether it was guessed right; the first one comes with the prompt.
-        routine: list[list[bool]] = [[False] for _ in range(self.rows)]
-        running = list(range(self.rows))
-        rounds = blocks = 0
-        guessed = False
+        texts, guessed = DraftedTexts(self.rows, self.settings.max_length, self.rule), False
         if self.guess_ahead:
             self._start_guess()
             guessed = True
-        while running:
+        while texts.running:
             if not guessed:
                 self._start_guess()
-            size = self._start_check(running, generator)
-            guessed = self.guess_ahead and not self._may_end(running, size)
+            size = self._start_check(texts.running, generator)
+            guessed = self.guess_ahead and not self._may_end(texts.running, size)
             if guessed:
                 self._start_guess()
-            drawn = self._read_back.wait().tolist()
-            if not rounds:
-                texts = [[row[0]] for row in drawn]
-                running = self._running(texts)
-            for row in running:
-                accepted = drawn[row][size + 1]
-                texts[row] += drawn[row][1 : accepted + 2]
-                routine[row] += [True] * accepted + [False]
-            rounds += 1
-            blocks += len(running)
-            running = self._running(texts)
-        return self._finish(texts, routine, rounds, blocks)
+            texts.add(self._read_back.wait().tolist(), size)
+        said, missing = texts.finished()
+        if missing is not None:
+            self._tail.copy_(torch.tensor(missing), non_blocking=True)
+            self.graphs.run((self, "tail"), self._run_tail)
+        return said
 
     def _start_guess(self) -> None:
         """Fill the blocks behind the known tokens."""
@@ -235,9 +202,6 @@ class TextDecoder:
 
     def _run_repeated(self, steps: int) -> None:
         self._run(self._repeated[:, :steps], torch.zeros_like(self._used), ())
-
-    def _running(self, texts: list[list[int]]) -> list[int]:
-        return [row for row, text in enumerate(texts) if _ended(text, self.settings.max_length, self.rule) is None]
 
     def _draw_noise(self, draws: int, generator: torch.Generator | None) -> None:
         if self._noise is not None:
@@ -358,29 +322,6 @@ class TextDecoder:
         """Put one more token of each text into the cache."""
         self._run(self._tail[0][:, None], self._tail[1], ())
 
-    def _finish(self, texts: list[list[int]], routine: list[list[bool]], rounds: int, blocks: int) -> Speculated:
-        """Cut texts at their ends and complete their slots."""
-        max_length, rule = self.settings.max_length, self.rule
-        # All but the model's own last token; a first one, of which the host learnt late, has been through a round.
-        in_cache = [max(len(text) - 1, 1) for text in texts]
-        texts = [text[: _ended(text, max_length, rule)] for text in texts]
-        stopped = [text[-1] == rule.stop for text in texts]
-        slots = [
-            len(text) if stop and len(text) < max_length else len(text) - 1
-            for text, stop in zip(texts, stopped, strict=True)
-        ]
-        if any(have < need for have, need in zip(in_cache, slots, strict=True)):
-            # The stop token came as the model's own behind a block: only it is missing. Other rows repeat their last.
-            places = [max(n, 1) - 1 for n in slots]
-            last = [text[place] for text, place in zip(texts, places, strict=True)]
-            self._tail.copy_(torch.tensor([last, places]), non_blocking=True)
-            self.graphs.run((self, "tail"), self._run_tail)
-        longest = max(len(t) for t in texts)
-        padded = torch.tensor([t + [rule.pad] * (longest - len(t)) for t in texts])
-        text = Generated(padded, tuple(len(t) for t in texts), tuple(stopped))
-        labels = tuple(tuple(row[: len(t)]) for row, t in zip(routine, texts, strict=True))
-        return Speculated(text, tuple(slots), rounds, blocks, labels)
-
 
 def forbidden_bias(model: Alpamayo, rule: StopRule) -> Tensor | None:
     """What keeps forbidden tokens from being guessed: added to logits, [vocabulary]."""
@@ -398,11 +339,3 @@ def forbid(logits: Tensor, rule: StopRule) -> Tensor:
         first, count = rule.forbidden
         logits[:, first : first + count] = -torch.inf
     return logits
-
-
-def _ended(tokens: list[int], max_length: int, rule: StopRule) -> int | None:
-    """Tokens up to where the text ends, or None while it goes on."""
-    for i, token in enumerate(tokens[:max_length]):
-        if token in (rule.stop, rule.end_of_turn):
-            return i + 1
-    return max_length if len(tokens) >= max_length else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashdrive_node.engine import speculative
 from flashdrive_node.engine.arrivals import Arrivals
 from flashdrive_node.engine.draft_rule import DraftRule, Script, SkipRule, block_sizes
+from flashdrive_node.engine.drafted_texts import Speculated
 from flashdrive_node.engine.drafter import Drafter, PromptMemory, load_drafter_of
 from flashdrive_node.engine.flow_pass import FlowPass, SampledTexts, WaypointContext
 from flashdrive_node.engine.flow_schedule import FlowSchedule
@@ -31,7 +32,7 @@ from flashdrive_node.engine.prompt_reader import PromptReader
 from flashdrive_node.engine.prompt_slots import prompt_room, tapped_tokens
 from flashdrive_node.engine.protocol import EngineError, EngineInfo, Observation, Prediction, Progress
 from flashdrive_node.engine.settings import StreamingSettings
-from flashdrive_node.engine.speculative import Speculated, TextDecoder
+from flashdrive_node.engine.speculative import TextDecoder
 from flashdrive_node.engine.stage_timer import StageTimer
 from flashdrive_node.engine.stream import Stream
 from flashdrive_node.engine.taps import Tapped
