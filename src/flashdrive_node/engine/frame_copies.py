@@ -22,7 +22,6 @@ THREADS = 6
 #: Pieces of a frame: those of four frames go evenly into six threads.
 PIECES = 3
 
-
 Pixels = NDArray[np.uint8]
 
 
@@ -37,8 +36,8 @@ class _Copy(NamedTuple):
     """One copy that is to be made, and who is told: with nothing, or with what went wrong."""
 
     piece: Piece
-    target: NDArray[np.uint8]
-    source: NDArray[np.uint8]
+    target: Pixels
+    source: Pixels
     done: SimpleQueue[tuple[Piece, Exception | None]]
 
     def make(self) -> None:
