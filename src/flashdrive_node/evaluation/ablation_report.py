@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +99,25 @@ def _percent(e: Estimate, sign: str = "") -> str:
 
 
 def figure_png(ablation: Ablation) -> bytes:
-    """Change of the errors, latency by stage, error over the windows of a clip, and the closed loop."""
+    """Change of the errors, error over the windows of a clip, and what there is of latencies and of closed loop."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = 2 if ablation.drives else 1.5
+    panels = [_changes, _drift]
+    if any(summary.latency_ms for summary in ablation.summaries.values()):
+        panels.insert(1, _latencies)
+    if ablation.drives:
+        panels.append(_drives)
+    rows = math.ceil(len(panels) / 2)
     height = rows * (2.2 + 0.4 * len(ablation.summaries))
-    figure, axes = plt.subplots(2, 2, figsize=(14, height), layout="constrained")
-    _changes(axes[0][0], ablation)
-    _latencies(axes[0][1], ablation)
-    _drift(axes[1][0], ablation)
-    _drives(axes[1][1], ablation)
+    figure, axes = plt.subplots(rows, 2, figsize=(14, height), layout="constrained", squeeze=False)
+    for panel, axis in itertools.zip_longest(panels, axes.flat):
+        if panel is None:
+            axis.set_axis_off()
+        else:
+            panel(axis, ablation)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     plt.close(figure)
@@ -171,9 +179,6 @@ def _drift(axis: Any, ablation: Ablation) -> None:
 
 
 def _drives(axis: Any, ablation: Ablation) -> None:
-    if not ablation.drives:
-        axis.set_axis_off()
-        return
     names = list(ablation.drives)
     for offset, (name, color) in zip((-0.3, -0.1, 0.1, 0.3), _FAULTS.items(), strict=True):
         found = [ablation.drives[n].figures[name] for n in names]
