@@ -70,6 +70,16 @@ def test_pictures_are_made_as_windows_are_taken(monkeypatch: pytest.MonkeyPatch)
     assert len(whole) == 11
     assert made == [4] * 4 + [8] * 4 + [3] * 4
 
+    made.clear()
+    first, *some = next(WorldClips("validation", range(1), windows=12, size=SIZE).clips()).every(5)
+    assert first.observation.window_id == 0
+    assert made == [4] * 4 + [8] * 4
+    for window, same in zip(some, (whole[4], whole[9]), strict=True):
+        assert window.observation.t0_ns == same.observation.t0_ns
+        for camera, other in zip(window.observation.cameras, same.observation.cameras, strict=True):
+            assert camera.stamps_ns == other.stamps_ns
+            np.testing.assert_array_equal(camera.images, other.images)
+
 
 def test_scenes_that_the_expert_does_not_master_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_in_the_second(scene: Scene, steps: int) -> Episode:

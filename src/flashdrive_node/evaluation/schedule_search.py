@@ -227,9 +227,7 @@ def _flows(
     chosen = 0
     for clip in source.clips():
         notes[clip.name] = clip.notes
-        for number, window in enumerate(clip.windows):
-            if number % settings.stride:
-                continue
+        for number, window in zip(itertools.count(0, settings.stride), clip.every(settings.stride), strict=False):
             if chosen == settings.limit:
                 return
             if chosen % 2 == half:

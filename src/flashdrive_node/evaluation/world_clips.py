@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from flashdrive_node.world.state import State
 #: Scenes that are simulated together, frames that are rendered together on a CPU, and frames of a window.
 _SCENES, _CPU_FRAMES, _FRAMES = 32, 8, 4
 _FIRST = round(PROTOCOL_START_S / DT_S)
+#: What the cameras see at one step, by their indices: uint8 [height, width, 3].
+_Images = dict[int, NDArray[np.uint8]]
 
 
 class WorldClips:
@@ -75,23 +77,24 @@ class WorldClips:
             drives = _Drives(self.split, list(indices), steps)
             for row, index in enumerate(indices):
                 notes: list[str] = []
-                yield Clip(f"{self.split}-{index:06d}", self._windows(drives, row, notes), notes)
+                windows = partial(self._windows, drives, row, notes)
+                yield Clip(f"{self.split}-{index:06d}", windows(), notes, windows)
 
-    def _windows(self, drives: _Drives, row: int, notes: list[str]) -> Iterator[Window]:
+    def _windows(self, drives: _Drives, row: int, notes: list[str], stride: int = 1) -> Iterator[Window]:
         episode = drives.episode
         if bool(episode.faults.any[row]):
             notes.append("left out: the expert itself is at fault in this scene")
             return
-        runs = self._pictures(episode, row, range(_FIRST - _FRAMES + 1, _FIRST + self.windows))
-        pictures: dict[int, list[NDArray[np.uint8]]] = {camera.index: [] for camera in CAMERAS}
-        for number in range(self.windows):
+        numbers = range(0, self.windows, stride)
+        seen = {_FIRST + number - back for number in numbers for back in range(_FRAMES)}
+        pictures = _Pictures(self._pictures(episode, row, sorted(seen)))
+        for number in numbers:
             step = _FIRST + number
-            while len(pictures[CAMERAS[0].index]) < number + _FRAMES:
-                for index, images in next(runs).items():
-                    pictures[index].extend(images)
-            stamps = tuple(stamp_ns(s) for s in range(step - _FRAMES + 1, step + 1))
+            steps = range(step - _FRAMES + 1, step + 1)
+            frames = pictures.at(steps)
+            stamps = tuple(stamp_ns(s) for s in steps)
             cameras = tuple(
-                CameraFrames(camera.index, stamps, tuple(pictures[camera.index][number : number + _FRAMES]))
+                CameraFrames(camera.index, stamps, tuple(images[camera.index] for images in frames))
                 for camera in CAMERAS
             )
             told = drives.at(step)
@@ -100,24 +103,43 @@ class WorldClips:
             truth = Truth(future_xyz, yaw.astype(np.float32), told.sentences[row])
             yield Window(Observation(number, stamp_ns(step), cameras, xyz, rot, told.navigation[row]), truth)
 
-    def _pictures(self, episode: Episode, row: int, steps: range) -> Iterator[dict[int, NDArray[np.uint8]]]:
-        """Frames of every camera by its index, uint8 [frames, height, width, 3], run by run.
+    def _pictures(self, episode: Episode, row: int, steps: Sequence[int]) -> Iterator[tuple[int, _Images]]:
+        """Steps, and what the cameras see there, in order.
 
         A GPU makes all of them at once. On a CPU who takes but few of a clip's windows waits for no others.
         """
         scene = move(select(episode.scene, torch.tensor([row])), self.device)
         start, together = 0, len(steps) if self.device.type == "cuda" else _FRAMES
         while start < len(steps):
-            states = [episode.states[s] for s in steps[start : start + together]]
+            run = steps[start : start + together]
+            states = [episode.states[s] for s in run]
             start, together = start + together, max(together, _CPU_FRAMES)
             at = move(_over_time(states, row), self.device)
             scenes = select(scene, torch.zeros(len(states), dtype=torch.int64, device=self.device))
-            yield {
+            images = {
                 camera.index: render(scenes, at, camera, self.size[1], self.size[0], compiled=self.compiled)
                 .image.cpu()
                 .numpy()
                 for camera in CAMERAS
             }
+            for place, step in enumerate(run):
+                yield step, {index: image[place] for index, image in images.items()}
+
+
+class _Pictures:
+    """Pictures by step, made as they are asked for and kept for as long as one window reaches back."""
+
+    def __init__(self, made: Iterator[tuple[int, _Images]]):
+        self._made = made
+        self._kept: dict[int, _Images] = {}
+
+    def at(self, steps: range) -> list[_Images]:
+        """Those of consecutive steps, none of which comes before those of the last call."""
+        self._kept = {step: images for step, images in self._kept.items() if step >= steps.start}
+        while steps[-1] not in self._kept:
+            step, images = next(self._made)
+            self._kept[step] = images
+        return [self._kept[step] for step in steps]
 
 
 class _Told(NamedTuple):

@@ -141,9 +141,7 @@ def _windows(source: ClipSource, settings: InputSettings) -> Iterator[Window]:
     share = -(-settings.windows // clips)
     for clip in source.clips():
         of_clip = 0
-        for number, window in enumerate(clip.windows):
-            if number % settings.stride:
-                continue
+        for window in clip.every(settings.stride):
             yield window
             left, of_clip = left - 1, of_clip + 1
             if not left:
