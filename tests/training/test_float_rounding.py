@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.fp8 import Fp8Linear, round_rows
-from flashdrive_node.training.compensation import compensated
+from flashdrive_node.training.compensation import compensated, fitted_to
 from flashdrive_node.training.float_rounding import fit_float, output_error, round_by_rows
 
 
@@ -86,6 +86,37 @@ def test_against_one_column_after_the_other() -> None:
     errors = [float((inputs @ w.double().T - exact).norm()) for w in (found, expected, (weight * 2).round() / 2)]
     np.testing.assert_allclose(errors[0], errors[1], rtol=0.02)
     assert errors[0] < 0.7 * errors[2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    samples=st.integers(1, 200),
+    noise=st.floats(0, 1),
+    damping=st.floats(1e-3, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_matrix_makes_up_for_what_its_inputs_are_off_by(
+    rows: int, columns: int, samples: int, noise: float, damping: float, seed: int
+) -> None:
+    """The minimum of the squared error and the distance from the old matrix: nothing near it has less of both."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    exact = _correlated(samples, columns, seed)
+    inputs = exact + noise * torch.randn(samples, columns, generator=generator)
+    wanted = exact @ weight.T
+    held = damping * inputs.double().square().mean()
+
+    def cost(matrix: Tensor) -> float:
+        error = (inputs.double() @ matrix.double().T - wanted.double()).square().sum() / samples
+        return float(error + held * (matrix - weight).double().square().sum())
+
+    found = fitted_to(weight, inputs, wanted, damping)
+    least = cost(found)
+    assert least <= cost(weight) * (1 + 1e-6) + 1e-6
+    for _ in range(5):
+        assert least <= cost(found + 0.01 * torch.randn(rows, columns, generator=generator)) + 1e-6
 
 
 @pytest.mark.parametrize("inputs", [torch.full((3, 8), torch.nan), torch.zeros(0, 8)])

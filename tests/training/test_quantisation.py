@@ -1,7 +1,6 @@
 """A whole checkpoint quantised: what is written, what is reported, and going on after an interruption."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,9 @@ import pytest
 import torch
 
 from flashdrive_node.engine.plain import PlainEngine
-from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.engine.settings import PlainSettings, StreamingSettings
 from flashdrive_node.engine.stream import StreamSettings
 from flashdrive_node.engine.streaming import StreamingEngine
-from flashdrive_node.evaluation.clip import Clip, Window
-from flashdrive_node.model.checkpoint_writer import save_checkpoint
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.fp8 import Fp8Linear
 from flashdrive_node.model.int4 import quantise as round_to_nearest
@@ -22,7 +18,6 @@ from flashdrive_node.model.loading import LoadedModel, load_alpamayo
 from flashdrive_node.model.paroquant import ParoLinear
 from flashdrive_node.model.precision import PRESETS, StagePrecision
 from flashdrive_node.training import quantisation
-from flashdrive_node.training.architecture import alpamayo_small
 from flashdrive_node.training.head_check import check_head
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
 from flashdrive_node.training.quantisation import (
@@ -33,51 +28,17 @@ from flashdrive_node.training.quantisation import (
 )
 from flashdrive_node.training.quantisation_report import markdown, write_report
 from flashdrive_node.training.rotation_fit import FitSettings, fit
-from flashdrive_node.training.vocabulary import build_tokenizer
-from support.small_models import random_model
-from support.tiny_dimensions import TINY
+from support.painted_clips import PaintedClips, painted_model, painted_observation
 
-#: o_proj has 64 columns, which make no group.
-DIMS = TINY | {"layers": 1, "text_hidden": 128, "text_mlp": 128, "text_heads": 4, "kv_heads": 2}
 INPUTS, FITTING = InputSettings(windows=3, stride=1, rows=16), FitSettings(steps=3, rows=16)
 
 
 _STREAMING = StreamingSettings("loaded", device="cpu", stream=StreamSettings("features"))
 
 
-class PaintedClips:
-    """Two clips of two windows with pictures of nothing."""
-
-    name = "painted"
-    camera_indices = (0, 1, 2, 6)
-
-    def __len__(self) -> int:
-        return 2
-
-    def clips(self) -> Iterator[Clip]:
-        for clip in range(2):
-            yield Clip(str(clip), (Window(_observation(2 * clip + i), None) for i in range(2)))
-
-
-def _observation(number: int) -> Observation:
-    rng = np.random.default_rng(number)
-    stamps = (0, 1, 2, 3)
-    cameras = tuple(
-        CameraFrames(index, stamps, tuple(rng.integers(0, 255, (4, 160, 288, 3), dtype=np.uint8)))
-        for index in PaintedClips.camera_indices
-    )
-    xyz = np.zeros((16, 3), np.float32)
-    xyz[:, 0] = 0.5 * np.arange(-15, 1)
-    return Observation(number, 0, cameras, xyz, np.tile(np.eye(3, dtype=np.float32), (16, 1, 1)), None)
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    folder = tmp_path_factory.mktemp("plain")
-    config = alpamayo_small(build_tokenizer(folder / "tokenizer"), **DIMS)
-    model = random_model(config, seed=4)
-    directory = save_checkpoint(model, config, folder / "checkpoint", tokenizer_files_dir=folder / "tokenizer")
-    return load_alpamayo(directory, dtype=torch.float32)
+    return painted_model(tmp_path_factory.mktemp("plain"))
 
 
 def quantise(
@@ -103,7 +64,7 @@ def test_checkpoint_drives(done: tuple[Path, QuantisationReport]) -> None:
     assert not out.with_name("out.parts").exists()
     loaded = load_alpamayo(out, dtype=torch.float32)
     assert isinstance(loaded.model.language.layers[0].qkv, ParoLinear)
-    prediction = PlainEngine(PlainSettings("loaded", device="cpu"), loaded).step(_observation(9))
+    prediction = PlainEngine(PlainSettings("loaded", device="cpu"), loaded).step(painted_observation(9))
     assert np.isfinite(prediction.samples[0].xyz).all()
 
 
@@ -193,7 +154,7 @@ def test_static_scales_and_a_head_in_four_bits(loaded: LoadedModel, tmp_path: Pa
     assert isinstance(layer, Fp8Linear)
     assert layer.input_scale is not None
     engines = PlainEngine(PlainSettings("loaded", device="cpu"), model), StreamingEngine(_STREAMING, model)
-    plain, streaming = (engine.step(_observation(9)).samples[0] for engine in engines)
+    plain, streaming = (engine.step(painted_observation(9)).samples[0] for engine in engines)
     assert np.isfinite(plain.xyz).all()
     assert streaming.reasoning == plain.reasoning
     np.testing.assert_allclose(streaming.xyz, plain.xyz, atol=0.5, rtol=0.05)

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-second-stage", action="store_true", help="round to the nearest behind scales and rotations"
     )
+    parser.add_argument(
+        "--layers-alone",
+        action="store_true",
+        help="leave each text layer as it is fitted on the original's inputs; else all are then rounded in order",
+    )
     parser.add_argument("--rate", type=float, default=fitting.rate, help="of learning (default: 0.03)")
     parser.add_argument(
         "--overlay",
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         args.method,
         args.steps,
         not args.no_second_stage,
+        in_order=not args.layers_alone,
         rate=args.rate,
         int8_inputs=stages.prefill == W4A8,
         seed=args.seed,

@@ -16,6 +16,8 @@ from flashdrive_node.model.errors import InputError
 
 #: Columns between two updates of all that follow.
 _BLOCK = 128
+#: Rows of inputs whose products are taken at once.
+_ROWS = 4096
 #: Share of the mean second moment that is added to every channel's, so that rare channels stay near their values.
 DAMPING = 0.01
 
@@ -61,12 +63,42 @@ def compensated(
     return result[:, order.argsort()]
 
 
+def fitted_to(weight: Tensor, inputs: Tensor, wanted: Tensor, damping: float = DAMPING) -> Tensor:
+    """The matrix near another one whose products with some inputs are closest to what is wanted.
+
+    Where inputs carry errors of their own, a matrix can make up for the part of them that it can foresee (asymmetric
+    calibration, GPTAQ, Li et al., arXiv 2504.02692).
+
+    Args:
+        weight: Float32 [N, K].
+        inputs: [rows, K], finite.
+        wanted: What the products should be, [rows, N].
+        damping: Share of the mean second moment that each weight is held to its value with.
+
+    Returns:
+        Float32 [N, K].
+    """
+    moment = _moment(inputs)
+    own = moment.diagonal()
+    own += damping * own.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    missing = torch.zeros(inputs.shape[1], len(weight), dtype=torch.float64, device=inputs.device)
+    for x, y in zip(inputs.split(_ROWS), wanted.split(_ROWS), strict=True):
+        missing.addmm_(x.double().T, (y - x @ weight.T).double(), alpha=1 / len(inputs))
+    change = torch.cholesky_solve(missing, torch.linalg.cholesky(moment))
+    return weight + change.T.float()
+
+
+def _moment(inputs: Tensor) -> Tensor:
+    """Mean products of channels, [K, K]; float64: the smallest of thousands of eigenvalues is far below the largest."""
+    moment = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    for part in inputs.split(_ROWS):
+        moment.addmm_(part.double().T, part.double(), alpha=1 / len(inputs))
+    return moment
+
+
 def _inverse_factor(inputs: Tensor, input_noise: float, damping: float) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor [K, K] of the inverse second moment of the inputs, and the order of its channels."""
-    # In float64: the smallest of thousands of eigenvalues is far below the largest.
-    moment = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
-    for part in inputs.split(4096):
-        moment.addmm_(part.double().T, part.double(), alpha=1 / len(inputs))
+    moment = _moment(inputs)
     own = moment.diagonal()
     own += input_noise**2 * own + damping * own.mean().clamp(min=torch.finfo(torch.float32).tiny)
     order = own.argsort(descending=True)

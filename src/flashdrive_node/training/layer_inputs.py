@@ -18,6 +18,7 @@ from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.evaluation.clip import ClipSource, Window
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
+from flashdrive_node.training.text_windows import TextWindow, recorded_window
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class LayerInputs:
     held_out: dict[str, Tensor]
     #: Size of the largest input of other layers, over all windows.
     largest: dict[str, float] = field(default_factory=dict)
+    #: Prompts and texts of the same windows, where they were asked for.
+    windows: list[TextWindow] = field(default_factory=list)
+    held_out_windows: list[TextWindow] = field(default_factory=list)
 
 
 class _Recorder:
@@ -99,6 +103,7 @@ def collect_inputs(
     layers: Sequence[str],
     settings: InputSettings,
     measured: Sequence[str] = (),
+    with_windows: bool = False,
 ) -> LayerInputs:
     """Let a model answer windows, and keep rows of what its layers were given.
 
@@ -108,6 +113,7 @@ def collect_inputs(
         layers: Names of linear layers in the model.
         settings: Which rows.
         measured: Names of linear layers whose largest input is wanted.
+        with_windows: Keep prompts and texts, too.
 
     Raises:
         InputError: Fewer than two windows.
@@ -116,6 +122,7 @@ def collect_inputs(
     engine = PlainEngine(PlainSettings("loaded", device=str(loaded.model.device), seed=settings.seed), loaded)
     fit, held_out = _Recorder(settings.rows, settings.seed), _Recorder(settings.rows, settings.seed + 1)
     largest = _Largest()
+    told: tuple[list[TextWindow], list[TextWindow]] = ([], [])
     count = 0
     with tqdm(total=settings.windows, desc="driving", unit="window") as bar:
         for window in _windows(source, settings):
@@ -124,14 +131,16 @@ def collect_inputs(
             watched = {name: [largest.take] for name in measured} | {
                 name: [recorder.take, *([largest.take] if name in measured else [])] for name in layers
             }
-            with _recorded(loaded.model, watched):
+            with _recorded(loaded.model, watched), recorded_window(loaded.model.language) as answered:
                 engine.step(window.observation)
+            if with_windows:
+                told[count % 4 == 1].append(answered[0])
             count += 1
             bar.update()
         bar.total = count  # the limit may be more than there is
     if count < 2:
         raise InputError(f"{source.name}: 2 windows to calibrate on are required, found {count}")
-    return LayerInputs(fit.joined(), held_out.joined(), largest.values())
+    return LayerInputs(fit.joined(), held_out.joined(), largest.values(), *told)
 
 
 def _windows(source: ClipSource, settings: InputSettings) -> Iterator[Window]:

@@ -12,6 +12,7 @@ import matplotlib
 
 from flashdrive_node.model.precision import FP8, W4A8
 from flashdrive_node.training.quantisation import LayerError, QuantisationReport
+from flashdrive_node.training.stack_rounding import StackError
 
 #: Colour and marker of the result, of what it was before the second stage, and of rounding to the nearest.
 _STYLES = (("#2a6f4e", "o"), ("#8aa7c4", "s"), ("#c63a3a", "x"))
@@ -39,6 +40,8 @@ def markdown(report: QuantisationReport) -> str:
             "each layer alone: inputs are the original model's, rounded to 8-bit integers where the format does that, "
             f"and as they are in front of 8-bit floats. {report.checkpoint}, calibrated on {report.source}."
         )
+    if report.alone is not None and report.in_order is not None:
+        lines.append(_together(report.alone, report.in_order))
     if report.left_out:
         lines.append(f"In bfloat16, because their columns make no whole groups: {', '.join(report.left_out)}.")
     if report.static:
@@ -50,6 +53,17 @@ def markdown(report: QuantisationReport) -> str:
             f"Output head in 4 bits: the likeliest token changed behind {head.changed} of {head.tokens} tokens, {kept}."
         )
     return "\n".join(lines)
+
+
+def _together(alone: StackError, in_order: StackError) -> str:
+    """Of all text layers, before and after they were rounded in order."""
+    pairs = ((100 * alone.keys_values, 100 * in_order.keys_values), (100 * alone.states, 100 * in_order.states))
+    keys_values, states = (f"{after:.2f} % ({before:.2f} %)" for before, after in pairs)
+    return (
+        "All 4-bit layers together on those windows, rounded in order, each behind the others (in brackets: each "
+        f"alone): keys and values are off by {keys_values}, the texts' states by {states}; another token is the "
+        f"likeliest behind {in_order.changed} ({alone.changed}) of {in_order.tokens}."
+    )
 
 
 def by_format(report: QuantisationReport) -> dict[str, list[LayerError]]:

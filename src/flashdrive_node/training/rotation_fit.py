@@ -21,7 +21,7 @@ from flashdrive_node.model.givens import pair_index, random_pairs, rotate_by_blo
 from flashdrive_node.model.int4 import LEVELS, Int4Weight, group_range, quantise, quantise_with
 from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
 from flashdrive_node.model.paroquant import ALWAYS, NEVER, ParoLinear, ParoWeight, round_tokens
-from flashdrive_node.training.compensation import compensated
+from flashdrive_node.training.compensation import compensated, fitted_to
 
 #: Logarithm of the largest scale of a channel: beyond it float16 and int8 activations lose more than weights gain.
 _LARGEST_LOG_SCALE = 4.0
@@ -46,6 +46,8 @@ class FitSettings:
     rows: int = 256
     #: Of angles (radians) and logarithms of scales, falling to a twentieth.
     rate: float = 0.03
+    #: Whether layers are then rounded again in the order of the stack, each behind the rounded ones (`stack_rounding`).
+    in_order: bool = True
     #: Inputs are rounded to int8, as in the use that is meant.
     int8_inputs: bool = True
     seed: int = 0
@@ -58,6 +60,11 @@ class FitSettings:
                 "rotation fit: positive steps, rows and rate are required, "
                 f"found {self.steps}, {self.rows} and {self.rate}"
             )
+
+    @property
+    def rounds_in_order(self) -> bool:
+        """Whether the layers are rounded once more, in order."""
+        return self.method == PAROQUANT and self.second_stage and self.in_order
 
     @property
     def total_steps(self) -> int:
@@ -137,16 +144,20 @@ def fit(
     rotated = better(nearest, learned)
     best = rotated
     if settings.second_stage:
-        best = better(rotated, _compensated(learned, turned, learning, settings))
+        best = better(rotated, _compensated(learned, turned, product_inputs(learned, learning, settings)))
     error, rotated_error = (output_error(layer, weight, held_out, settings) for layer in (best, rotated))
     return Fit(best, error, rotated_error, nearest_error)
 
 
 def output_error(layer: ParoWeight, weight: Tensor, inputs: Tensor, settings: FitSettings) -> float:
     """Norm of the outputs' error relative to the outputs' norm."""
-    exact = linear(inputs, weight)
+    return product_error(layer, inputs, linear(inputs, weight), settings)
+
+
+def product_error(layer: ParoWeight, inputs: Tensor, wanted: Tensor, settings: FitSettings) -> float:
+    """Distance of a layer's outputs [rows, N] from what is wanted, relative to the norm of that."""
     found = ParoLinear(layer, ALWAYS if settings.int8_inputs else NEVER)(inputs)
-    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((found - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _learn(
@@ -185,19 +196,42 @@ def _learn(
     return angles.detach(), log_scales.detach()
 
 
-def _compensated(layer: ParoWeight, turned: Tensor, inputs: Tensor, settings: FitSettings) -> ParoWeight:
-    """The layer with another rounding of its scaled and rotated weight, on inputs as the product gets them."""
-    rotated = ParoLinear(layer).rotated(inputs)
-    if settings.int8_inputs:
-        q, token_scales = round_tokens(rotated)
-        rotated = q * token_scales
+def rounded_towards(
+    layer: ParoWeight, weight: Tensor, inputs: Tensor, wanted: Tensor, settings: FitSettings
+) -> ParoWeight:
+    """The layer, with its rotation, rounded such that inputs give what is wanted.
+
+    Args:
+        layer: Has the scales and the rotation.
+        weight: What it stands for, float32 [N, K].
+        inputs: What the layer is given, [rows, K].
+        wanted: What its outputs should be, [rows, N].
+        settings: Whether inputs are rounded.
+    """
+    found = product_inputs(layer, inputs, settings)
+    turn = ParoLinear(layer)
+    turned = rotate_pairs(weight / turn.channel_scales.float(), turn.index, turn.angles.float())
+    return _compensated(layer, fitted_to(turned, found, wanted), found)
+
+
+def product_inputs(layer: ParoWeight, inputs: Tensor, settings: FitSettings) -> Tensor:
+    """Inputs [rows, K] as the product with the rotated weight gets them, float32."""
+    rotated = ParoLinear(layer).rotated_at_once(inputs)
+    if not settings.int8_inputs:
+        return rotated
+    q, token_scales = round_tokens(rotated)
+    return q * token_scales
+
+
+def _compensated(layer: ParoWeight, turned: Tensor, inputs: Tensor) -> ParoWeight:
+    """The layer with another rounding of its scaled and rotated weight, on inputs of `product_inputs`."""
     scales, zeros = group_range(turned, GROUP_SIZE)
 
     def rounded(values: Tensor, column: int) -> Tensor:
         scale, zero = scales[:, column // GROUP_SIZE], zeros[:, column // GROUP_SIZE]
         return (((values / scale).round() + zero).clamp(0, LEVELS) - zero) * scale
 
-    return layer._replace(matrix=quantise_with(compensated(turned, rotated, rounded), scales, zeros))
+    return layer._replace(matrix=quantise_with(compensated(turned, inputs, rounded), scales, zeros))
 
 
 def _straight_round(x: Tensor) -> Tensor:
