@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,10 +131,11 @@ def collect_inputs(
             watched = {name: [largest.take] for name in measured} | {
                 name: [recorder.take, *([largest.take] if name in measured else [])] for name in layers
             }
-            with _recorded(loaded.model, watched), recorded_window(loaded.model.language) as answered:
+            with ExitStack() as watching:
+                watching.enter_context(_recorded(loaded.model, watched))
+                answered = watching.enter_context(recorded_window(loaded.model.language)) if with_windows else []
                 engine.step(window.observation)
-            if with_windows:
-                told[count % 4 == 1].append(answered[0])
+            told[count % 4 == 1].extend(answered)  # there once the window is not watched any more
             count += 1
             bar.update()
         bar.total = count  # the limit may be more than there is
