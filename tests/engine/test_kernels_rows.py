@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -124,6 +124,7 @@ def random_unscaled(random: torch.Generator, tokens: int, size: int) -> tuple[Un
 
 @CASES
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 4), size=st.integers(1, 300))
+@example(seed=1008, tokens=3, size=156)  # a product of -2.14 and a sum next to it, both cut off
 def test_scales_of_a_product_are_multiplied_in(seed: int, tokens: int, size: int) -> None:
     random, form = seeded(seed), RowFormat(E4M3)
     product, expected = random_unscaled(random, tokens, 2 * size)
@@ -136,8 +137,17 @@ def test_scales_of_a_product_are_multiplied_in(seed: int, tokens: int, size: int
     x, weight = (torch.randn(*shape, generator=random).bfloat16().to(DEVICE) for shape in ((tokens, size), (size,)))
     with forced("triton"):
         total, found = add_norm_quantise(x, product, weight, EPS, form)
-    torch.testing.assert_close(total, x + expected, rtol=1e-2, atol=1e-2)
+    # The interpreter cuts bfloat16 off: a step of the product, which may be larger than the sum, and one of the sum.
+    sums = x + expected
+    steps = step(expected) + step(torch.maximum(total.abs(), sums.abs()))
+    assert bool(((total.float() - sums.float()).abs() <= steps).all())
     assert_rounded(found, rms_norm(total, weight, EPS))
+
+
+def step(values: Tensor) -> Tensor:
+    """From bfloat16 values to the next larger ones, float32."""
+    _, exponents = torch.frexp(values.float())
+    return torch.ldexp(torch.ones_like(values, dtype=torch.float32), exponents - 8)
 
 
 def test_scales_of_heads_are_multiplied_in() -> None:

@@ -177,7 +177,8 @@ def test_loop_plays_again_from_the_start_until_interrupted(
     recorder(tmp_path / "out", "/odometry")
     player = start(tmp_path, PLAYER, drive, "--rate", 8, "--duration", 2, "--loop", "--quiet")
     deadline = time.monotonic() + 30.0
-    while len(listener.stamps) < 4 * 20 * 3 and time.monotonic() < deadline:
+    # Into the fourth pass: at the end of the third the player has counted it, and nobody has heard of the next.
+    while len(listener.stamps) < 4 * 20 * 3 + 8 and time.monotonic() < deadline:
         time.sleep(0.02)
     ended = stop(player)
     assert ended.returncode == 130, ended.stderr
