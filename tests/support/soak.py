@@ -214,7 +214,8 @@ class Soak:
                     report.unanswered.append(i)
             elif complete <= 0:
                 time.sleep(0.002)
-            self._answers = {t0 for t0 in self._answers if t0 > stamp_ns - 20 * STEP_NS}
+            with self._answered:  # answers come from another thread, and none may be lost
+                self._answers = {t0 for t0 in self._answers if t0 > stamp_ns - 20 * STEP_NS}
             del self.observer.statuses[:-50]
             if i % every == every - 1:
                 self._measure(process, i + 1)
