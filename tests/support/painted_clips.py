@@ -9,8 +9,13 @@ import torch
 from flashdrive_node.engine.protocol import CameraFrames, Observation
 from flashdrive_node.evaluation.clip import Clip, Window
 from flashdrive_node.model.checkpoint_writer import save_checkpoint
+from flashdrive_node.model.int4 import quantise as round_to_nearest
 from flashdrive_node.model.loading import LoadedModel, load_alpamayo
+from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
+from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.training.architecture import alpamayo_small
+from flashdrive_node.training.layer_inputs import InputSettings, collect_inputs
+from flashdrive_node.training.text_windows import TextWindow
 from flashdrive_node.training.vocabulary import build_tokenizer
 from support.small_models import random_model
 from support.tiny_dimensions import TINY
@@ -51,3 +56,21 @@ def painted_model(folder: Path, **dimensions: int) -> LoadedModel:
     model = random_model(config, seed=4)
     directory = save_checkpoint(model, config, folder / "checkpoint", tokenizer_files_dir=folder / "tokenizer")
     return load_alpamayo(directory, dtype=torch.float32)
+
+
+def painted_windows(loaded: LoadedModel) -> list[TextWindow]:
+    """What the model read and wrote on three of the windows."""
+    met = collect_inputs(loaded, PaintedClips(), [], InputSettings(windows=4, stride=1, rows=64), with_windows=True)
+    assert (len(met.windows), len(met.held_out_windows)) == (3, 1)
+    return met.windows
+
+
+def to_the_nearest(loaded: LoadedModel) -> dict[str, ParoWeight]:
+    """All text layers that groups fit, without rotations."""
+    layers = {}
+    pairs = torch.arange(GROUP_SIZE, dtype=torch.int16).repeat(ROUNDS, 1)
+    for name, module in loaded.model.named_modules():
+        if name.startswith("language.layers") and isinstance(module, torch.nn.Linear) and module.in_features == 128:
+            matrix = round_to_nearest(module.weight, GROUP_SIZE)
+            layers[name] = ParoWeight(pairs, torch.zeros(ROUNDS, 64).half(), torch.ones(128).half(), matrix)
+    return layers

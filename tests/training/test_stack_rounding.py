@@ -10,21 +10,20 @@ from torch import Tensor
 from flashdrive_node.engine.plain import PlainEngine
 from flashdrive_node.engine.settings import PlainSettings
 from flashdrive_node.model.decoder import DecoderLayer
-from flashdrive_node.model.int4 import quantise as round_to_nearest
 from flashdrive_node.model.kv_cache import KVCache
 from flashdrive_node.model.loading import LoadedModel
-from flashdrive_node.model.paro_layouts import GROUP_SIZE, ROUNDS
 from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.model.precision import PRESETS
 from flashdrive_node.model.sampling import SamplingSettings
 from flashdrive_node.training import stack_rounding
-from flashdrive_node.training.layer_inputs import InputSettings, collect_inputs
+from flashdrive_node.training.layer_inputs import InputSettings
 from flashdrive_node.training.quantisation import QuantisationReport, quantise_checkpoint
 from flashdrive_node.training.quantisation_report import markdown
 from flashdrive_node.training.rotation_fit import FitSettings
-from flashdrive_node.training.stack_rounding import PARTS, round_in_order, stack_error
+from flashdrive_node.training.stack_error import FlowPoints, StackError, answer, stack_error
+from flashdrive_node.training.stack_rounding import PARTS, round_in_order
 from flashdrive_node.training.text_windows import TextWindow, recorded_window
-from support.painted_clips import PaintedClips, painted_model, painted_observation
+from support.painted_clips import PaintedClips, painted_model, painted_observation, painted_windows, to_the_nearest
 
 INPUTS, FITTING = InputSettings(windows=4, stride=1, rows=64), FitSettings(steps=3, rows=16)
 
@@ -36,20 +35,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def windows(loaded: LoadedModel) -> list[TextWindow]:
-    met = collect_inputs(loaded, PaintedClips(), [], INPUTS, with_windows=True)
-    assert (len(met.windows), len(met.held_out_windows)) == (3, 1)
-    return met.windows
-
-
-def to_the_nearest(loaded: LoadedModel) -> dict[str, ParoWeight]:
-    """All text layers that groups fit, without rotations."""
-    layers = {}
-    pairs = torch.arange(GROUP_SIZE, dtype=torch.int16).repeat(ROUNDS, 1)
-    for name, module in loaded.model.named_modules():
-        if name.startswith("language.layers") and isinstance(module, torch.nn.Linear) and module.in_features == 128:
-            matrix = round_to_nearest(module.weight, GROUP_SIZE)
-            layers[name] = ParoWeight(pairs, torch.zeros(ROUNDS, 64).half(), torch.ones(128).half(), matrix)
-    return layers
+    return painted_windows(loaded)
 
 
 def test_window_is_what_the_engine_read_and_wrote(loaded: LoadedModel) -> None:
@@ -69,6 +55,30 @@ def test_window_is_what_the_engine_read_and_wrote(loaded: LoadedModel) -> None:
         likeliest = logits.argmax(dim=-1)
     assert len(window.ids) - window.prompt > 3
     assert torch.equal(likeliest[:-1], window.ids[window.prompt :])
+
+
+def test_velocities_are_what_the_engine_took(loaded: LoadedModel) -> None:
+    """The expert's steps behind prompt and text, once more at the same points behind the window that was recorded."""
+    taken: list[tuple[Tensor, Tensor, Tensor]] = []
+    watch = loaded.model.expert.register_forward_hook(lambda _, given, v: taken.append((given[0], given[1], v)))
+    words = 0
+
+    def end_after_five(_: torch.nn.Module, __: object, logits: Tensor) -> None:
+        nonlocal words
+        words += 1
+        if words > 5:
+            logits[..., loaded.model.config.tokens.future_start] = 1e4
+
+    ending = loaded.model.language.lm_head.register_forward_hook(end_after_five)
+    engine = PlainEngine(PlainSettings("loaded", device="cpu", sampling=SamplingSettings(temperature=0)), loaded)
+    with watch, ending, recorded_window(loaded.model.language) as found:
+        engine.step(painted_observation(2))
+    assert len(found[0].ids) - found[0].prompt == 6
+    assert len(taken) == loaded.model.config.flow.num_inference_steps
+    x, t, v = (torch.stack(tensors)[None].clone() for tensors in zip(*taken, strict=True))
+    with torch.no_grad():
+        again = answer(loaded.model, found[0], FlowPoints(x, t)).velocity
+    torch.testing.assert_close(again, v.view_as(again), atol=1e-5, rtol=1e-5)
 
 
 def test_states_of_the_walk_are_the_models(loaded: LoadedModel, windows: list[TextWindow]) -> None:
@@ -104,7 +114,8 @@ def test_layers_behind_each_other_are_closer_together(
 
 def test_nothing_rounded_is_no_error(loaded: LoadedModel, windows: list[TextWindow]) -> None:
     error = stack_error(loaded.model, {}, windows, int8_inputs=True)
-    assert (error.keys_values, error.states, error.changed) == (0, 0, 0)
+    tokens = sum(len(w.ids) - w.prompt + 1 for w in windows)
+    assert error == StackError(0, 0, 0, 0, 0, tokens, 0)
 
 
 def quantise(loaded: LoadedModel, out: Path, fitting: FitSettings = FITTING) -> QuantisationReport:
@@ -114,12 +125,12 @@ def quantise(loaded: LoadedModel, out: Path, fitting: FitSettings = FITTING) -> 
 
 def test_report_and_layers_alone(loaded: LoadedModel, tmp_path: Path) -> None:
     report = quantise(loaded, tmp_path / "together")
-    assert report.alone is not None
-    assert report.in_order is not None
-    assert report.alone != report.in_order
-    assert f"behind {report.in_order.changed} ({report.alone.changed}) of {report.in_order.tokens}" in markdown(report)
+    assert list(report.together) == ["alone", "in_order", "tuned"]
+    assert report.together["alone"] != report.together["in_order"]
+    row = report.together["tuned"]
+    assert f"| with scales learned together | {100 * row.keys_values:.2f} % |" in markdown(report)
     alone = quantise(loaded, tmp_path / "alone", FitSettings(steps=3, rows=16, in_order=False))
-    assert alone.alone is alone.in_order is None
+    assert alone.together == {}
     assert "together" not in markdown(alone)
     files = [tmp_path / name / "model.safetensors" for name in ("together", "alone")]
     assert files[0].read_bytes() != files[1].read_bytes()

@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave each text layer as it is fitted on the original's inputs; else all are then rounded in order",
     )
+    parser.add_argument(
+        "--tuning-passes",
+        type=int,
+        default=fitting.tuning_passes,
+        metavar="N",
+        help="over the windows, to learn all text layers' scales together; 0 leaves that out (default: 5)",
+    )
     parser.add_argument("--rate", type=float, default=fitting.rate, help="of learning (default: 0.03)")
     parser.add_argument(
         "--overlay",
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         args.steps,
         not args.no_second_stage,
         in_order=not args.layers_alone,
+        tuning_passes=args.tuning_passes,
         rate=args.rate,
         int8_inputs=stages.prefill == W4A8,
         seed=args.seed,

@@ -53,6 +53,10 @@ class LayerInputs:
     windows: list[TextWindow] = field(default_factory=list)
     held_out_windows: list[TextWindow] = field(default_factory=list)
 
+    def rows(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What a layer met, and what it met on windows that are held out."""
+        return self.fit[layer].to(device), self.held_out[layer].to(device)
+
 
 class _Recorder:
     """Keeps some rows of every call of the layers."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,15 +19,15 @@ from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.errors import InputError
 from flashdrive_node.model.loading import LoadedModel
 from flashdrive_node.model.paro_layouts import GROUP_SIZE
-from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.model.precision import BF16, FP8, FP8_STATIC, INT4, INT8, W4A8, StagePrecision
 from flashdrive_node.model.quantised_writer import save_quantised
 from flashdrive_node.training.float_rounding import FloatFit, fit_float
 from flashdrive_node.training.head_check import HEAD, HeadCheck, check_head
 from flashdrive_node.training.layer_inputs import InputSettings, LayerInputs, collect_inputs
 from flashdrive_node.training.quantised_parts import Parts
-from flashdrive_node.training.rotation_fit import NEAREST, Fit, FitSettings, fit, output_error
-from flashdrive_node.training.stack_rounding import StackError, round_in_order, stack_error
+from flashdrive_node.training.rotation_fit import NEAREST, Fit, FitSettings, fit
+from flashdrive_node.training.stack_error import StackError
+from flashdrive_node.training.stack_refinement import plain_weight, refine_together
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,8 @@ class QuantisationReport:
     #: Layers with a static scale for their inputs.
     static: int = 0
     head: HeadCheck | None = None
-    #: All text layers in 4 bits together: as they were fitted alone, and rounded in order.
-    alone: StackError | None = None
-    in_order: StackError | None = None
+    #: All text layers in 4 bits together by stage: as they were fitted alone, rounded in order, with scales learned.
+    together: dict[str, StackError] = field(default_factory=dict)
 
 
 def quantise_checkpoint(
@@ -127,7 +126,7 @@ def quantise_checkpoint(
         "fit": asdict(settings),
     }
     parts = Parts(directory.with_name(f"{directory.name}.parts"), identity)
-    small, eight = _done(names, parts, Fit.unpacked), _done(floats, parts, FloatFit.unpacked)
+    small, eight = parts.read_all(names, Fit.unpacked), parts.read_all(floats, FloatFit.unpacked)
     # Static layers' inputs are measured in any case, whether their weights are done or not.
     in_order = bool(names) and settings.rounds_in_order
     # What is rounded in order needs the windows and every layer's inputs, whatever is done.
@@ -136,19 +135,15 @@ def quantise_checkpoint(
     met = collect_inputs(loaded, source, left, inputs, static, in_order) if left or static else LayerInputs({}, {})
 
     def fit_rotated(name: str, progress: Progress) -> Fit:
-        return fit(_weight(model, name), *_rows(met, name, model), settings, progress)
+        return fit(plain_weight(model, name), *met.rows(name, model.device), settings, progress)
 
     def fit_rounded(name: str, progress: Progress) -> FloatFit:
-        done = fit_float(_weight(model, name), *_rows(met, name, model))
+        done = fit_float(plain_weight(model, name), *met.rows(name, model.device))
         progress(0, done.error)
         return replace(done, weight=done.weight.bfloat16().cpu())
 
     _fit_layers("4 bits", names, small, max(settings.total_steps, 1), fit_rotated, parts)
-    together: list[StackError] = []
-    if in_order:
-        together.append(_stack_error(model, met, small, settings))
-        _round_in_order(model, met, small, inputs, settings, parts)
-        together.append(_stack_error(model, met, small, settings))
+    together = refine_together(model, met, small, inputs, settings, parts) if in_order else {}
     _fit_layers("8 bits", floats, eight, 1, fit_rounded, parts)
     head = check_head(model, met) if stages.lm_head == INT4 else None
     if head is not None and not head.kept:
@@ -175,8 +170,7 @@ def quantise_checkpoint(
         left_out=left_out if names else [],
         static=len(static),
         head=head,
-        alone=together[0] if together else None,
-        in_order=together[1] if together else None,
+        together=together,
     )
 
 
@@ -215,15 +209,6 @@ def _error_of(name: str, done: Fit | FloatFit) -> LayerError:
     return LayerError(name, W4A8, rows, columns, done.error, done.nearest_error, done.rotated_error)
 
 
-def _weight(model: Alpamayo, name: str) -> Tensor:
-    return model.get_submodule(name).get_parameter("weight").detach()
-
-
-def _rows(met: LayerInputs, name: str, model: Alpamayo) -> tuple[Tensor, Tensor]:
-    """What a layer met, and what it met on windows that are held out."""
-    return met.fit[name].to(model.device), met.held_out[name].to(model.device)
-
-
 def _fit_layers(
     title: str,
     names: Sequence[str],
@@ -258,43 +243,3 @@ def _fit_layers(
             done[name] = fit_one(name, progress)
             bar.update(behind - bar.n)
             parts.write(name, *done[name].packed())
-
-
-def _round_in_order(
-    model: Alpamayo,
-    met: LayerInputs,
-    small: dict[str, Fit],
-    inputs: InputSettings,
-    settings: FitSettings,
-    parts: Parts,
-) -> None:
-    """Put every layer's rounding behind the rounded ones in the place of the one that was fitted alone."""
-    done = _done([_in_order(name) for name in small], parts, Fit.unpacked)
-    with tqdm(total=len(small), initial=len(done), desc="in order", unit="layer") as bar:
-
-        def took(name: str, weight: ParoWeight) -> None:
-            error = output_error(weight, _weight(model, name).float(), _rows(met, name, model)[1].float(), settings)
-            done[_in_order(name)] = replace(small[name], weight=weight, error=error)
-            parts.write(_in_order(name), *done[_in_order(name)].packed())
-            bar.update()
-
-        weights = {name: done[_in_order(name)].weight for name in small if _in_order(name) in done}
-        alone = {name: layer.weight for name, layer in small.items()}
-        round_in_order(model, alone, met.windows, inputs.rows, settings, weights, took)
-    small.update({name: done[_in_order(name)] for name in small})
-
-
-def _in_order(name: str) -> str:
-    """Of a layer's part."""
-    return f"{name}.in_order"
-
-
-def _stack_error(model: Alpamayo, met: LayerInputs, small: dict[str, Fit], settings: FitSettings) -> StackError:
-    weights = {name: layer.weight for name, layer in small.items()}
-    return stack_error(model, weights, met.held_out_windows, settings.int8_inputs)
-
-
-def _done(names: Sequence[str], parts: Parts, unpacked: Callable[[dict[str, Tensor], list[float]], T]) -> dict[str, T]:
-    """Layers that were kept."""
-    found = {name: parts.read(name) for name in names}
-    return {name: unpacked(*part) for name, part in found.items() if part is not None}

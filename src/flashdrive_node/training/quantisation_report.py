@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import matplotlib
 
 from flashdrive_node.model.precision import FP8, W4A8
 from flashdrive_node.training.quantisation import LayerError, QuantisationReport
-from flashdrive_node.training.stack_rounding import StackError
+from flashdrive_node.training.stack_error import StackError
+from flashdrive_node.training.stack_refinement import ALONE, IN_ORDER, TUNED
 
 #: Colour and marker of the result, of what it was before the second stage, and of rounding to the nearest.
 _STYLES = (("#2a6f4e", "o"), ("#8aa7c4", "s"), ("#c63a3a", "x"))
 _LABELS = ("result", "before the second stage", "rounded to the nearest")
-#: Titles of the formats.
+#: Names of the stages, and titles of the formats.
+_STAGES = {ALONE: "fitted alone", IN_ORDER: "rounded in order", TUNED: "with scales learned together"}
 _BITS = {W4A8: "4-bit layers", FP8: "Layers in 8-bit floats"}
 
 
@@ -40,8 +42,8 @@ def markdown(report: QuantisationReport) -> str:
             "each layer alone: inputs are the original model's, rounded to 8-bit integers where the format does that, "
             f"and as they are in front of 8-bit floats. {report.checkpoint}, calibrated on {report.source}."
         )
-    if report.alone is not None and report.in_order is not None:
-        lines.append(_together(report.alone, report.in_order))
+    if report.together:
+        lines += ["", *_together(report.together), ""]
     if report.left_out:
         lines.append(f"In bfloat16, because their columns make no whole groups: {', '.join(report.left_out)}.")
     if report.static:
@@ -55,15 +57,23 @@ def markdown(report: QuantisationReport) -> str:
     return "\n".join(lines)
 
 
-def _together(alone: StackError, in_order: StackError) -> str:
-    """Of all text layers, before and after they were rounded in order."""
-    pairs = ((100 * alone.keys_values, 100 * in_order.keys_values), (100 * alone.states, 100 * in_order.states))
-    keys_values, states = (f"{after:.2f} % ({before:.2f} %)" for before, after in pairs)
-    return (
-        "All 4-bit layers together on those windows, rounded in order, each behind the others (in brackets: each "
-        f"alone): keys and values are off by {keys_values}, the texts' states by {states}; another token is the "
-        f"likeliest behind {in_order.changed} ({alone.changed}) of {in_order.tokens}."
-    )
+def _together(errors: Mapping[str, StackError]) -> list[str]:
+    """Of all text layers, stage by stage."""
+    return [
+        "All 4-bit layers together on those windows:",
+        "",
+        "| layers | keys and values | states | velocities | their sums | divergence, nats | other tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {_STAGES[stage]} | {100 * e.keys_values:.2f} % | {100 * e.states:.2f} % | {100 * e.velocity:.2f} % | "
+            f"{100 * e.summed:.2f} % | {e.divergence:.6f} | {e.changed} of {e.tokens} |"
+            for stage, e in errors.items()
+        ),
+        "",
+        "Relative norms of what they change: in keys and values of all layers, in the states that texts are drawn "
+        "from, in the flow's velocities, and in the sums of these along the path; by how much the distribution of a "
+        "text's next token diverges, and behind how many tokens another one is the likeliest.",
+    ]
 
 
 def by_format(report: QuantisationReport) -> dict[str, list[LayerError]]:

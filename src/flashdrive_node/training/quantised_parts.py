@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _ERRORS = "errors"
+T = TypeVar("T")
 
 
 class Parts:
@@ -41,6 +42,11 @@ class Parts:
         tensors: dict[str, Tensor] = load_file(path)
         errors: list[float] = tensors.pop(_ERRORS).tolist()
         return tensors, errors
+
+    def read_all(self, names: Sequence[str], unpacked: Callable[[dict[str, Tensor], list[float]], T]) -> dict[str, T]:
+        """Those of some layers that were kept."""
+        found = {name: self.read(name) for name in names}
+        return {name: unpacked(*part) for name, part in found.items() if part is not None}
 
     def remove(self) -> None:
         """All layers are where they belong."""

@@ -48,6 +48,8 @@ class FitSettings:
     rate: float = 0.03
     #: Whether layers are then rounded again in the order of the stack, each behind the rounded ones (`stack_rounding`).
     in_order: bool = True
+    #: Passes over the windows in which the scales of all layers' groups are then learned together (`scale_tuning`).
+    tuning_passes: int = 5
     #: Inputs are rounded to int8, as in the use that is meant.
     int8_inputs: bool = True
     seed: int = 0
@@ -55,10 +57,10 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"a method of {', '.join(METHODS)} is required, found {self.method!r}")
-        if self.steps < 1 or self.rows < 1 or not self.rate > 0:
+        if self.steps < 1 or self.rows < 1 or not self.rate > 0 or self.tuning_passes < 0:
             raise InputError(
-                "rotation fit: positive steps, rows and rate are required, "
-                f"found {self.steps}, {self.rows} and {self.rate}"
+                "rotation fit: positive steps, rows and rate, and no or more passes of tuning are required, "
+                f"found {self.steps}, {self.rows}, {self.rate} and {self.tuning_passes}"
             )
 
     @property

@@ -9,63 +9,25 @@ Layers whose outputs are added to the states make up for what the states are off
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from flashdrive_node.model import batched
 from flashdrive_node.model.alpamayo import Alpamayo
 from flashdrive_node.model.attention import attend_causal
 from flashdrive_node.model.decoder import DecoderLayer
-from flashdrive_node.model.int4 import dequantise
-from flashdrive_node.model.paroquant import ParoLinear, ParoWeight, round_tokens
+from flashdrive_node.model.paroquant import ParoWeight
 from flashdrive_node.model.rope import mrope_cos_sin, rotate
-from flashdrive_node.model.vision import VisionFeatures
 from flashdrive_node.training.rotation_fit import FitSettings, product_error, rounded_towards
-from flashdrive_node.training.text_windows import TextWindow
+from flashdrive_node.training.stack_error import RoundedProduct
+from flashdrive_node.training.text_windows import TextWindow, split_windows
 
 #: Linear layers of a decoder layer in the order in which a token passes them, and those whose outputs are added to it.
 PARTS, _ADDED = ("qkv", "o_proj", "gate_up", "down"), ("o_proj", "down")
-#: The last of so many windows choose between the roundings, and are not learned from.
-_CHOOSING = 5
-
-
-@dataclass(frozen=True)
-class StackError:
-    """How far the text layers are from the original's, all of them rounded, on windows held out; relative norms."""
-
-    #: Of keys and values of all layers, which the expert reads, too.
-    keys_values: float
-    #: Of the states behind the last norm that texts are drawn from.
-    states: float
-    #: Tokens of texts, and those with another likeliest one.
-    tokens: int
-    changed: int
-
-
-class RoundedProduct(nn.Module):
-    """A layer in 4 bits for many rows: its matrix is unpacked once."""
-
-    matrix: Tensor
-
-    def __init__(self, weight: ParoWeight, int8_inputs: bool, dtype: torch.dtype):
-        super().__init__()
-        self.layer, self.int8_inputs, self.dtype = ParoLinear(weight), int8_inputs, dtype
-        self.register_buffer("matrix", dequantise(weight.matrix).to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N] of the same type."""
-        turned = self.layer.rotated_at_once(x)
-        if not self.int8_inputs:
-            return linear(turned.to(self.dtype), self.matrix).to(x.dtype)
-        q, scale = round_tokens(turned)
-        return (linear(q.to(self.dtype), self.matrix).float() * scale).to(x.dtype)
 
 
 class _Walk:
@@ -134,8 +96,7 @@ def round_in_order(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     chosen = [_tokens(window, rows, generator) for window in windows]
-    learned = max(1, len(windows) - len(windows) // _CHOOSING)
-    cut = len(torch.cat(chosen[:learned])) if learned < len(windows) else None
+    cut = len(torch.cat(chosen[: len(split_windows(windows)[0])]))
     plain, rounded = _Walk(model, windows), _Walk(model, windows)
     for number, module in enumerate(model.language.layers):
         original = cast(DecoderLayer, module)
@@ -152,64 +113,12 @@ def round_in_order(
                     if part in _ADDED:
                         wanted += (_rows(plain.states, chosen) - _rows(rounded.states, chosen)).to(wanted.device)
                     other = rounded_towards(layers[name], matrix, given[:cut], wanted[:cut], settings)
-                    judged = (given, wanted) if cut is None else (given[cut:], wanted[cut:])
+                    judged = (given[cut:], wanted[cut:]) if cut < len(given) else (given, wanted)
                     weight = min(layers[name], other, key=lambda one: product_error(one, *judged, settings))
                     took(name, weight)
                 layer._modules[part] = RoundedProduct(weight, settings.int8_inputs, model.dtype).to(model.device)
             plain.passed(original, part, number)
             rounded.passed(layer, part, number)
-
-
-@torch.no_grad()
-def stack_error(
-    model: Alpamayo, layers: Mapping[str, ParoWeight], windows: Sequence[TextWindow], int8_inputs: bool
-) -> StackError:
-    """Compare the text layers with the same layers in 4 bits, on the same prompts and texts.
-
-    Args:
-        model: The original.
-        layers: In 4 bits by name.
-        windows: Prompts and texts.
-        int8_inputs: Whether inputs are rounded.
-    """
-    products = {
-        name: RoundedProduct(weight, int8_inputs, model.dtype).to(model.device) for name, weight in layers.items()
-    }
-    sums = torch.zeros(4, dtype=torch.float64)
-    tokens = changed = 0
-    for window in windows:
-        exact = _answered(model, window)
-        with _replaced(model, products):
-            found = _answered(model, window)
-        for place, (ours, theirs) in enumerate(zip(found[:2], exact[:2], strict=True)):
-            sums[2 * place] += (ours - theirs).double().square().sum().cpu()
-            sums[2 * place + 1] += theirs.double().square().sum().cpu()
-        tokens += len(exact[2])
-        changed += int((found[2] != exact[2]).sum())
-    keys_values, states = (sums[0::2] / sums[1::2]).sqrt().tolist()
-    return StackError(keys_values, states, tokens, changed)
-
-
-def _answered(model: Alpamayo, window: TextWindow) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values of all layers, the text's states, and the likeliest token behind each."""
-    w = window.to(model.device)
-    features = VisionFeatures(w.features.embeds[None], [x[None] for x in w.features.deepstack])
-    hidden, keys, values = batched.prefill(model, w.ids[None], w.positions, features, w.image_index)
-    states = hidden[0, w.prompt - 1 :]
-    return torch.stack((*keys, *values)).float(), states.float(), model.language.logits(states).argmax(dim=-1)
-
-
-@contextmanager
-def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules in the place of others, and these back."""
-    originals = {name: model.get_submodule(name) for name in modules}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
 
 
 def _tokens(window: TextWindow, rows: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,9 @@ from torch.nn.functional import embedding
 
 from flashdrive_node.model.language import LanguageModel
 from flashdrive_node.model.vision import VisionFeatures
+
+#: One in so many windows chooses between what was learned, and is not learned from.
+_CHOOSING = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,12 @@ class TextWindow:
         return states.index_add(0, self.image_index, self.features.deepstack[layer])
 
 
+def split_windows(windows: Sequence[TextWindow]) -> tuple[Sequence[TextWindow], Sequence[TextWindow]]:
+    """Windows to learn from, and the last fifth, which chooses; of few windows the same ones do both."""
+    learned = max(1, len(windows) - len(windows) // _CHOOSING)
+    return windows[:learned], windows[learned:] or windows
+
+
 @contextmanager
 def recorded_window(language: LanguageModel) -> Iterator[list[TextWindow]]:
     """Watch a language model answer one window with one text; the list has it afterwards."""
@@ -66,5 +75,11 @@ def recorded_window(language: LanguageModel) -> Iterator[list[TextWindow]]:
     finally:
         handle.remove()
     features, index = prompt
-    kept = VisionFeatures(features.embeds.cpu(), [x.cpu() for x in features.deepstack])
-    found.append(TextWindow(torch.cat(ids), torch.cat(positions, dim=1), len(ids[0]), kept, index.cpu()))
+    # Copies on the CPU, too: what inference made cannot be differentiated through.
+    kept = VisionFeatures(_on_host(features.embeds), [_on_host(x) for x in features.deepstack])
+    found.append(TextWindow(torch.cat(ids), torch.cat(positions, dim=1), len(ids[0]), kept, _on_host(index)))
+
+
+def _on_host(x: Tensor) -> Tensor:
+    """A copy."""
+    return x.to("cpu", copy=True)
