@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashdrive_node.world.road import chain, local_coordinates
@@ -13,6 +13,8 @@ BENDS = st.one_of(st.just(0.0), st.floats(-0.05, 0.05))
 
 
 @settings(max_examples=60)
+@example(lengths=[20.0] * 3, bends=[-6e-8, 0.0, 0.0, 0.0, 0.0], s=2.0, d=1.0)  # as good as straight
+@example(lengths=[80.0] * 3, bends=[9e-7, 0.0, 0.0, 0.0, 0.0], s=59.0, d=0.0)
 @given(
     lengths=st.lists(st.floats(20, 80), min_size=3, max_size=5),
     bends=st.lists(BENDS, min_size=5, max_size=5),

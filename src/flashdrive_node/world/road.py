@@ -97,10 +97,11 @@ def local_coordinates(forward: Tensor, left: Tensor, curvature: Tensor) -> tuple
 
     Written without the radius, so that it stays exact from arcs to straight lines.
     """
+    bent = curvature.abs() > STRAIGHT
+    curvature = torch.where(bent, curvature, 0)
     kx, ky = curvature * forward, 1 - curvature * left
     d = (2 * left - curvature * (forward * forward + left * left)) / (1 + torch.sqrt(kx * kx + ky * ky))
-    bent = curvature.abs() > STRAIGHT
-    safe = torch.where(bent, curvature, torch.ones_like(curvature))
+    safe = torch.where(bent, curvature, 1)
     return torch.where(bent, torch.atan2(kx, ky) / safe, forward), d
 
 
